@@ -1,0 +1,118 @@
+"""Device: what a kernel's choice needs to know of a machine, as data. The only probe of hardware in the package."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+from dataclasses import dataclass, replace
+
+import torch
+
+from .errors import BadInput, Unsupported, explain_mismatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One machine.
+
+    arch          `cpu`, a gfx name or smXX
+    compute_units CUs of an AMD GPU, SMs of an NVIDIA GPU, cores of a CPU
+    shared_bytes  LDS or shared memory one workgroup may use; for a CPU the L2 cache of one core
+    registers     32-bit vector registers one thread or lane may use
+    matrix_flops  peak dense bf16 FLOP/s of the matrix units, 0 where it depends on the machine
+    memory_bytes_per_s  peak of the main memory, 0 where it depends on the machine
+    model         the product the figures are of
+    """
+
+    arch: str
+    compute_units: int
+    shared_bytes: int
+    registers: int
+    matrix_flops: float
+    memory_bytes_per_s: float
+    model: str
+
+    @property
+    def type(self) -> str:
+        """torch's device type."""
+        return "cpu" if self.arch == "cpu" else "cuda"
+
+    @property
+    def family(self) -> str:
+        """`cpu`, or the prefix that names a GPU generation: gfx11, gfx12, gfx9, sm8, sm9, sm10."""
+        return self.arch if self.arch == "cpu" else self.arch[:-2] if self.arch.startswith("gfx") else self.arch[:-1]
+
+
+def _known(arch: str, units: int, shared_kib: int, registers: int, tflops: float, gb_s: float, model: str) -> Device:
+    return Device(
+        arch=arch,
+        compute_units=units,
+        shared_bytes=shared_kib * 1024,
+        registers=registers,
+        matrix_flops=tflops * 1e12,
+        memory_bytes_per_s=gb_s * 1e9,
+        model=model,
+    )
+
+
+# Vendors' published peaks of one product of each architecture.
+DEVICES: dict[str, Device] = {
+    device.arch: device
+    for device in (
+        _known("cpu", 1, 512, 16, 0, 0, "any x86-64 or Arm CPU"),
+        _known("gfx1100", 96, 64, 256, 122.8, 960, "Radeon RX 7900 XTX"),
+        _known("gfx1101", 60, 64, 256, 74.6, 624, "Radeon RX 7800 XT"),
+        _known("gfx1150", 16, 64, 256, 23.8, 120, "Radeon 890M"),
+        _known("gfx1151", 40, 64, 256, 59.4, 256, "Radeon 8060S (Strix Halo)"),
+        _known("gfx1201", 64, 64, 256, 195, 640, "Radeon RX 9070 XT"),
+        _known("gfx942", 304, 64, 512, 1307, 5300, "Instinct MI300X"),
+        _known("sm80", 108, 163, 255, 312, 2039, "A100 80GB SXM"),
+        _known("sm86", 84, 99, 255, 142, 936, "GeForce RTX 3090"),
+        _known("sm89", 128, 99, 255, 330, 1008, "GeForce RTX 4090"),
+        _known("sm90", 132, 227, 255, 989, 3350, "H100 SXM"),
+        _known("sm100", 148, 227, 255, 2250, 8000, "B200"),
+    )
+}
+
+
+@functools.cache
+def installed(module: str) -> bool:
+    """Whether an optional Python module can be imported, without importing it."""
+    return importlib.util.find_spec(module) is not None
+
+
+def known_device(arch: str) -> Device:
+    """The device of that architecture; an unlisted one takes the figures of the first of its family, under its name.
+
+    Raises BadInput that lists the known names when no family fits.
+    """
+    if arch in DEVICES:
+        return DEVICES[arch]
+    for device in DEVICES.values():
+        if re.fullmatch(rf"{device.family}[0-9a-f]{{1,2}}", arch):
+            return replace(device, arch=arch, model=f"unlisted; figures of {device.arch}")
+    then = "Name one of these, or another of their families."
+    raise BadInput(explain_mismatch("device", got=arch, wanted=", ".join(DEVICES), then=then))
+
+
+@functools.cache
+def _probe(kind: str, index: int | None) -> Device:
+    if kind == "cpu":
+        return DEVICES["cpu"]
+    if kind != "cuda":
+        raise Unsupported(f"w4a16 runs on cpu and cuda (NVIDIA and AMD) devices, not on {kind!r}.")
+    properties = torch.cuda.get_device_properties(index if index is not None else torch.cuda.current_device())
+    gcn = getattr(properties, "gcnArchName", "").split(":")[0]
+    return known_device(gcn or f"sm{properties.major}{properties.minor}")
+
+
+def current_device(device: torch.device | str = "cpu") -> Device:
+    """The Device behind a torch device. Raises Unsupported or BadInput for one that w4a16 does not know."""
+    where = torch.device(device)
+    return _probe(where.type, where.index)
+
+
+def this_machine() -> Device:
+    """The Device that a model would be put on here: the GPU if there is one, else the CPU."""
+    return current_device("cuda" if torch.cuda.is_available() else "cpu")

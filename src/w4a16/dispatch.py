@@ -1,0 +1,208 @@
+"""Which kernel serves a problem: one ordered table, as data, and the choice made from it.
+
+The first row of TABLE with nothing against the problem wins. Rows are compared inside the operator, at every call.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+from . import env
+from .device import Device, installed
+from .errors import Unsupported
+from .layouts import EXLLAMA, INT4PACK
+from .problem import Problem
+from .tuning.table import tile_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One kernel and where it runs. `also` returns a sentence for a limit that no other field can say, or None."""
+
+    stem: str
+    does: str
+    op: str = "linear"
+    layouts: tuple[str, ...] = (EXLLAMA,)
+    arch: tuple[str, ...] | None = None
+    m: tuple[int, int | None] = (1, None)
+    act: tuple[str, ...] | None = None
+    needs: str | None = None
+    also: Callable[[Problem, Device], str | None] | None = None
+
+    def unsupported(self, problem: Problem, device: Device, layout: str | None = None) -> str | None:
+        """None when this kernel serves the problem, else one sentence that says why not."""
+        low, high = self.m
+        if problem.op != self.op:
+            return f"serves {self.op} problems, not {problem.op}"
+        if self.arch is not None and not device.arch.startswith(self.arch):
+            return f"runs on {' or '.join(self.arch)}, not on {device.arch}"
+        if self.act is not None and problem.act not in self.act:
+            return f"activations must be {' or '.join(self.act)}, not {problem.act}"
+        if self.needs is not None and not installed(self.needs):
+            return f"needs the package {self.needs}: pip install 'w4a16[cpu]'"
+        if layout is not None and layout not in self.layouts:
+            return f"reads layout {' or '.join(self.layouts)}; this weight is packed as {layout}"
+        if problem.m < low or (high is not None and problem.m > high):
+            return f"m must be {low} to {high}, not {problem.m}" if high else f"m must be at least {low}"
+        return self.also(problem, device) if self.also else None
+
+
+def _int4pack_group(problem: Problem, device: Device) -> str | None:
+    return None if problem.group % 32 == 0 else f"group must be a multiple of 32, not {problem.group}"
+
+
+TABLE: tuple[Row, ...] = (
+    Row(
+        stem="cpu_decode",
+        does="JIT-compiled kernel over the packed words, a few rows",
+        arch=("cpu",),
+        m=(1, 16),
+        needs="numba",
+    ),
+    Row(stem="cpu_prefill", does="JIT-compiled dequantise in cache, then sgemm", arch=("cpu",), needs="numba"),
+    Row(
+        stem="cpu_int4pack",
+        does="torch's own int4 kernel",
+        layouts=(INT4PACK,),
+        arch=("cpu",),
+        m=(1, 64),
+        act=("bf16",),
+        also=_int4pack_group,
+    ),
+    Row(
+        stem="dense",
+        does="dequantise a block of rows into a reused buffer, then the vendor BLAS",
+        layouts=(EXLLAMA, INT4PACK),
+    ),
+    Row(
+        stem="cpu_moe",
+        does="the linear kernels above, one routed expert at a time",
+        op="moe",
+        layouts=(EXLLAMA, INT4PACK),
+        arch=("cpu",),
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The winner, its tile and the layout its weight is packed in."""
+
+    row: Row
+    tile: Any
+    layout: str
+
+
+def layout_for(problem: Problem, device: Device) -> str:
+    """The layout a weight is packed in: that of the first kernel that decodes it (its row count plays no part)."""
+    decode = replace(problem, m=1, experts=0, top_k=0)
+    for row in TABLE:
+        if row.unsupported(decode, device) is None:
+            return row.layouts[0]
+    raise Unsupported(_refusal(problem, device, None))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def choose(problem: Problem, device: Device, layout: str | None = None) -> Choice:
+    """The kernel for `problem` on `device` over a weight packed in `layout` (None: as `layout_for` would pack it).
+
+    Raises Unsupported with every kernel's sentence when none serves it, or when the forced one (W4A16_KERNEL) cannot.
+    """
+    packed = layout or layout_for(problem, device)
+    for row in TABLE:
+        if _sentence(row, problem, device, packed) is None:
+            return Choice(row=row, tile=tile_for(row.stem, problem, device), layout=packed)
+    raise Unsupported(_refusal(problem, device, packed))
+
+
+def _sentence(row: Row, problem: Problem, device: Device, layout: str | None) -> str | None:
+    """Why `row` does not serve the problem, the forced kernel included; None when it does."""
+    sentence = row.unsupported(problem, device, layout)
+    forced = env.FORCED_KERNEL
+    if sentence is None and forced not in (None, row.stem) and _op_of(forced) in (None, problem.op):
+        return f"W4A16_KERNEL forces {forced}"
+    return sentence
+
+
+def _op_of(stem: str | None) -> str | None:
+    """The op a kernel serves: forcing a linear kernel leaves expert layers alone."""
+    return next((row.op for row in TABLE if row.stem == stem), None)
+
+
+def _refusal(problem: Problem, device: Device, layout: str | None) -> str:
+    """The message of Unsupported: the problem, one line a kernel, what to do."""
+    lines = [
+        f"no kernel for {problem.op} m={problem.m} n={problem.n} k={problem.k} group={problem.group}"
+        f" act={problem.act} on {device.arch}"
+    ]
+    lines += [f"  {row.stem:<14} {_sentence(row, problem, device, layout)}" for row in TABLE]
+    lines.append("Run `w4a16 explain` with these numbers, or load the weight with device='cpu'.")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One kernel's answer to a problem."""
+
+    stem: str
+    does: str
+    answer: str
+    wins: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Every kernel's answer, and the choice; None when no kernel serves the problem."""
+
+    lines: tuple[Line, ...]
+    choice: Choice | None
+
+
+def explanation(problem: Problem, device: Device) -> Explanation:
+    """Every row's answer to `problem` on `device`, in the table's order."""
+    try:
+        choice = choose(problem, device)
+        layout: str | None = choice.layout
+    except Unsupported:
+        choice, layout = None, None
+    lines = []
+    for row in TABLE:
+        wins = choice is not None and row.stem == choice.row.stem
+        answer = "serves it" if wins else _sentence(row, problem, device, layout) or "could, but an earlier row wins"
+        lines.append(Line(stem=row.stem, does=row.does, answer=answer, wins=wins))
+    return Explanation(lines=tuple(lines), choice=choice)
+
+
+@functools.cache
+def launcher(stem: str) -> Callable[..., None]:
+    """The launcher of a kernel, imported at its first use: `import w4a16` needs neither driver nor compiler."""
+    module = importlib.import_module(f".kernels.{stem}", __package__)
+    found: Callable[..., None] = getattr(module, stem)
+    return found
+
+
+_record: ContextVar[list[tuple[str, Problem]] | None] = ContextVar("w4a16_record", default=None)
+
+
+@contextmanager
+def record() -> Iterator[list[tuple[str, Problem]]]:
+    """Collects (stem, problem) of every call that runs inside the `with`, in order."""
+    served: list[tuple[str, Problem]] = []
+    token = _record.set(served)
+    try:
+        yield served
+    finally:
+        _record.reset(token)
+
+
+def note(stem: str, problem: Problem) -> None:
+    """Adds one call to the running record, if any."""
+    served = _record.get()
+    if served is not None:
+        served.append((stem, problem))

@@ -1,0 +1,221 @@
+"""The opaque operators w4a16::linear and w4a16::moe: schemas, fakes, autocast, and the choice of a kernel per call.
+
+The row count is read here, inside the operator, so a graph traced at one M runs right at every other.
+`torch.library.Library` has half the call overhead of `torch.library.custom_op`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .device import current_device
+from .dispatch import choose, launcher, note
+from .errors import BadInput, explain_mismatch
+from .layouts import PackedWeight
+from .moe.activations import ACTIVATIONS
+from .problem import ACT_NAMES, Problem
+
+_LIB = torch.library.Library("w4a16", "DEF")
+_LIB.define(
+    "linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias,"
+    " str layout, int n, int k, int group) -> Tensor"
+)
+_LIB.define(
+    "moe(Tensor x, Tensor topk_weights, Tensor topk_ids,"
+    " Tensor codes13, Tensor scales13, Tensor? zeros13, Tensor? perm13,"
+    " Tensor codes2, Tensor scales2, Tensor? zeros2, Tensor? perm2, Tensor? expert_map,"
+    " str layout, int hidden, int intermediate, int group13, int group2,"
+    " str activation, bool gated, bool weight_input) -> Tensor"
+)
+
+
+def _check(what: str, got: object, wanted: object, then: str) -> None:
+    if got != wanted:
+        raise BadInput(explain_mismatch(what, got=got, wanted=wanted, then=then))
+
+
+def _check_x(x: Tensor, k: int, act: torch.dtype, where: torch.device) -> None:
+    _check("x last dimension (K)", x.shape[-1] if x.ndim else None, k, "Pass activations [..., K] of this layer.")
+    if act not in ACT_NAMES:
+        wanted = "bfloat16, float16 or float32"
+        raise BadInput(explain_mismatch("scales dtype", got=act, wanted=wanted, then="Pack the weight again."))
+    _check("x dtype", x.dtype, act, "Cast x, or pack the weight with act=x.dtype.")
+    _check("x device", x.device, where, "Move x to the weight's device.")
+
+
+def _check_bias(bias: Tensor | None, n: int, act: torch.dtype, where: torch.device) -> None:
+    if bias is not None:
+        _check("bias shape", tuple(bias.shape), (n,), "Pass bias [N].")
+        _check("bias dtype and device", (bias.dtype, bias.device), (act, where), "Give the bias the weight's.")
+
+
+def _linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    layout: str,
+    n: int,
+    k: int,
+    group: int,
+) -> Tensor:
+    _check_x(x, k, scales.dtype, codes.device)
+    _check_bias(bias, n, scales.dtype, codes.device)
+    out = x.new_empty((*x.shape[:-1], n))
+    rows = x.reshape(-1, k)
+    m = rows.shape[0]
+    if m == 0:
+        return out
+    if perm is not None:
+        rows = rows.index_select(1, perm)
+    elif rows.stride(1) != 1:
+        rows = rows.contiguous()
+    weight = PackedWeight(layout=layout, codes=codes, scales=scales, zeros=zeros, perm=perm, n=n, k=k, group=group)
+    problem = Problem(m=m, n=n, k=k, group=group, act=ACT_NAMES[x.dtype], has_zeros=zeros is not None)
+    choice = choose(problem, current_device(x.device), layout)
+    note(choice.row.stem, problem)
+    launcher(choice.row.stem)(out=out.view(m, n), x=rows, weight=weight, bias=bias, tile=choice.tile)
+    return out
+
+
+def _moe(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    codes13: Tensor,
+    scales13: Tensor,
+    zeros13: Tensor | None,
+    perm13: Tensor | None,
+    codes2: Tensor,
+    scales2: Tensor,
+    zeros2: Tensor | None,
+    perm2: Tensor | None,
+    expert_map: Tensor | None,
+    layout: str,
+    hidden: int,
+    intermediate: int,
+    group13: int,
+    group2: int,
+    activation: str,
+    gated: bool,
+    weight_input: bool,
+) -> Tensor:
+    _check_moe(x, topk_weights, topk_ids, scales13, scales2, codes13, hidden, activation, weight_input)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    tokens, top_k, experts = x.shape[0], topk_ids.shape[1], codes13.shape[0]
+    if tokens == 0:
+        return out
+    if expert_map is not None:
+        topk_ids = expert_map[topk_ids.long()]
+    n13 = intermediate * (2 if gated else 1)
+    w13 = PackedWeight(
+        layout=layout, codes=codes13, scales=scales13, zeros=zeros13, perm=perm13, n=n13, k=hidden, group=group13
+    )
+    w2 = PackedWeight(
+        layout=layout, codes=codes2, scales=scales2, zeros=zeros2, perm=perm2, n=hidden, k=intermediate, group=group2
+    )
+    problem = Problem(
+        m=tokens,
+        n=n13,
+        k=hidden,
+        group=group13,
+        act=ACT_NAMES[x.dtype],
+        has_zeros=zeros13 is not None,
+        experts=experts,
+        top_k=min(top_k, experts),
+    )
+    choice = choose(problem, current_device(x.device), layout)
+    note(choice.row.stem, problem)
+    launcher(choice.row.stem)(
+        out=out,
+        x=x,
+        w13=w13,
+        w2=w2,
+        topk_weights=topk_weights,
+        topk_ids=topk_ids,
+        activation=activation,
+        gated=gated,
+        weight_input=weight_input,
+        tile=choice.tile,
+    )
+    return out
+
+
+def _check_moe(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    scales13: Tensor,
+    scales2: Tensor,
+    codes13: Tensor,
+    hidden: int,
+    activation: str,
+    weight_input: bool,
+) -> None:
+    _check("x dimensions", x.ndim, 2, "Pass tokens [T, H].")
+    _check_x(x, hidden, scales13.dtype, codes13.device)
+    _check("scales dtype of w2", scales2.dtype, scales13.dtype, "Pack both weights with the same act.")
+    _check("topk_weights shape", topk_weights.shape, topk_ids.shape, "Pass both as [T, top_k].")
+    _check("topk_ids tokens", topk_ids.shape[0], x.shape[0], "Pass one row of ids a token.")
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        raise BadInput(
+            explain_mismatch("topk_ids dtype", got=topk_ids.dtype, wanted="int32 or int64", then="Cast the ids.")
+        )
+    if activation not in ACTIVATIONS:
+        wanted = ", ".join(ACTIVATIONS)
+        raise BadInput(explain_mismatch("activation", got=activation, wanted=wanted, then="Name one of these."))
+    if weight_input:
+        _check("top_k with router weights on the input", topk_ids.shape[1], 1, "Weight the output instead.")
+
+
+def _linear_fake(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    layout: str,
+    n: int,
+    k: int,
+    group: int,
+) -> Tensor:
+    _check_x(x, k, scales.dtype, codes.device)
+    _check_bias(bias, n, scales.dtype, codes.device)
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _moe_fake(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _under_autocast(op: torch._ops.OpOverload, key: str) -> None:
+    """Autocast casts x to the dtype the weight was packed for, whatever dtype autocast would pick."""
+    scales_at = [a.name for a in op._schema.arguments].index("scales" if op is linear_op else "scales13")
+    skip = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(x: Tensor, *rest: object) -> Tensor:
+        scales = rest[scales_at - 1]
+        assert isinstance(scales, Tensor)
+        with torch._C._ExcludeDispatchKeyGuard(skip):
+            out: Tensor = op(x.to(scales.dtype), *rest)
+            return out
+
+    _LIB.impl(op._schema.name.split("::")[1], cast, key)
+
+
+for _key in ("CPU", "CUDA"):
+    _LIB.impl("linear", _linear, _key)
+    _LIB.impl("moe", _moe, _key)
+torch.library.register_fake("w4a16::linear", _linear_fake, lib=_LIB)
+torch.library.register_fake("w4a16::moe", _moe_fake, lib=_LIB)
+
+linear_op = torch.ops.w4a16.linear.default
+moe_op = torch.ops.w4a16.moe.default
+
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _under_autocast(linear_op, _key)
+    _under_autocast(moe_op, _key)

@@ -1,0 +1,198 @@
+"""transformers on w4a16's layers: load a model, hook `from_pretrained`, serve.
+
+After `enable()`, `from_pretrained` of an AWQ, GPTQ or compressed-tensors checkpoint keeps its weights in 4 bits on
+W4A16Linear and W4A16Experts. transformers loads what is dense; w4a16 reads and packs the rest.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.quantizers import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..checkpoints import open_checkpoint
+from ..errors import Unsupported
+from ..problem import ACT_NAMES
+from ._layers import fill, packed_state, raise_if_missing, skip_quantized, swap
+from ._names import private
+from ._places import find_places
+
+FORMATS = ("awq", "gptq", "compressed-tensors")
+
+
+class W4A16Config(QuantizationConfigMixin):  # type: ignore[misc]
+    """The `quantization_config` of a checkpoint, kept as it is; no library of the format needs to be installed."""
+
+    def __init__(self, source: dict[str, Any]):
+        self.source, self.quant_method = source, source["quant_method"]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(deepcopy(config_dict))
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return deepcopy(self.source)
+
+
+class W4A16Quantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts our layers into the model before transformers loads it, and the packed weights into them after."""
+
+    requires_calibration = True
+    is_trainable = False
+    is_compileable = True
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in devices or ("cpu" in devices and len(devices) > 1):
+            raise Unsupported(
+                f"device_map: got {sorted(devices)}, wanted no offload: a packed weight stays where it is used. "
+                "Name one device, or several accelerators, or 'cpu' alone."
+            )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        if not isinstance(device_map, str):
+            return device_map
+        # a strategy ('auto', 'balanced') weighs parameters, and here most of the weight is not yet there
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return {"": found if found is not None and found.type == "cuda" else torch.device("cpu")}
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if dtype not in ACT_NAMES:
+            raise Unsupported(f"dtype: got {dtype}, wanted one of {list(ACT_NAMES)}. Pass dtype=torch.bfloat16.")
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, dtype: torch.dtype | None = None, **_: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise Unsupported("got a state dict, wanted a folder: w4a16 reads packed weights from files.")
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise Unsupported("got a tensor-parallel plan, wanted one process a model. Use the vLLM plugin.")
+        self.folder, self.dtype = Path(checkpoint_files[0]).parent, dtype or model.dtype
+        with open_checkpoint(self.folder) as checkpoint:
+            self.places = find_places(model, checkpoint)
+        swap(model, self.places, self.dtype)
+        raise_if_missing(model, self.folder)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        return [*weight_conversions, skip_quantized(self.places)]
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        with open_checkpoint(self.folder) as checkpoint:
+            fill(model, checkpoint, self.places, self.dtype)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        state, scheme = packed_state(model, self.places)
+        model.config.quantization_config = self.quantization_config = W4A16Config(scheme)
+        return state, {}
+
+
+def _serves(config: dict[str, Any]) -> bool:
+    """Whether a `quantization_config` is of 4-bit weights and 16-bit activations; all others stay transformers' own."""
+    if config.get("quant_method") != "compressed-tensors":
+        return config.get("bits", config.get("w_bit")) == 4
+    groups = (config.get("config_groups") or {}).values()
+    return bool(groups) and all(
+        isinstance(group, dict)
+        and (group.get("format") or config.get("format")) == "pack-quantized"
+        and not group.get("input_activations")
+        and (group.get("weights") or {}).get("num_bits") == 4
+        for group in groups
+    )
+
+
+def _config_of(stock: Any) -> Any:
+    def from_dict(config: dict[str, Any], **kwargs: Any) -> Any:
+        return (W4A16Config if _serves(config) else stock).from_dict(config, **kwargs)
+
+    return SimpleNamespace(from_dict=from_dict)
+
+
+def _quantizer_of(stock: Any) -> Any:
+    def build(config: Any, **kwargs: Any) -> Any:
+        return (W4A16Quantizer if isinstance(config, W4A16Config) else stock)(config, **kwargs)
+
+    return build
+
+
+_lock = threading.Lock()
+_holders: set[object] = set()  # who wants the hook; it goes with the last
+_stock: dict[str, tuple[Any, Any]] = {}
+
+
+def _hold(who: object) -> None:
+    api = private()
+    configs, quantizers = api.AUTO_QUANTIZATION_CONFIG_MAPPING, api.AUTO_QUANTIZER_MAPPING
+    with _lock:
+        for name in FORMATS if not _holders else ():
+            _stock[name] = configs[name], quantizers[name]
+            configs[name], quantizers[name] = _config_of(configs[name]), _quantizer_of(quantizers[name])
+        _holders.add(who)
+
+
+def _release(who: object) -> None:
+    api = private()
+    with _lock:
+        _holders.discard(who)
+        for name in () if _holders else tuple(_stock):
+            api.AUTO_QUANTIZATION_CONFIG_MAPPING[name], api.AUTO_QUANTIZER_MAPPING[name] = _stock.pop(name)
+
+
+def enable() -> None:
+    """From here on `from_pretrained` puts 4-bit AWQ, GPTQ and compressed-tensors checkpoints on w4a16's layers."""
+    _hold("enable")
+
+
+def disable() -> None:
+    """Gives `from_pretrained` back to transformers; models already loaded stay as they are."""
+    _release("enable")
+
+
+@contextmanager
+def _enabled() -> Iterator[None]:
+    who = object()
+    _hold(who)
+    try:
+        yield
+    finally:
+        _release(who)
+
+
+def load_model(path_or_id: str, device: torch.device | str = "cpu", **kwargs: Any) -> Any:
+    """A causal LM from a W4A16 checkpoint, a folder or a Hub id. kwargs go to `from_pretrained`; `device_map` overrides
+    `device`, `dtype` defaults to that of config.json."""
+    config, _ = PreTrainedConfig.get_config_dict(path_or_id, **kwargs)
+    scheme = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
+    if scheme is None:
+        raise Unsupported(f"{path_or_id}: got no quantization_config in config.json. Run `w4a16 quantize` on it first.")
+    if scheme.get("quant_method") not in FORMATS or not _serves(scheme):
+        raise Unsupported(f"{path_or_id}: got {scheme}, wanted 4-bit weights as one of {', '.join(FORMATS)}.")
+    if Path(path_or_id).is_dir():
+        open_checkpoint(path_or_id)  # what is wrong with it, before anything is loaded
+    if torch.device(device).type != "cpu":  # the CPU is transformers' own default, and asks for no accelerate
+        kwargs.setdefault("device_map", {"": torch.device(device)})
+    with _enabled():
+        return AutoModelForCausalLM.from_pretrained(path_or_id, **kwargs)
+
+
+def serve(argv: Sequence[str]) -> None:
+    """`transformers serve` with the hook on: an OpenAI-compatible server. argv is its arguments, the model first."""
+    enable()
+    try:
+        from transformers.cli.transformers import app
+    except ImportError as missing:
+        raise Unsupported(f"the server needs {missing.name}: pip install 'w4a16[serve]'") from None
+    app(["serve", *argv], prog_name="w4a16")

@@ -1,0 +1,44 @@
+"""What the tests share: random weights, and the house bound on error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from w4a16.weight import QuantizedWeight, pack_nibbles
+
+# Relative RMS against the fp32 reference: the rounding of the output dtype, and of the scales' in it.
+BOUNDS = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+
+
+def random_weight(
+    n: int,
+    k: int,
+    *,
+    group: int,
+    asym: bool = False,
+    act: torch.dtype = torch.bfloat16,
+    experts: int = 0,
+    act_order: bool = False,
+) -> QuantizedWeight:
+    lead = (experts,) if experts else ()
+    grid = (*lead, n, k // group)
+    perm = torch.stack([torch.randperm(k) for _ in range(experts or 1)]) if act_order else None
+    return QuantizedWeight(
+        codes=pack_nibbles(torch.randint(0, 16, (*lead, n, k))),
+        scales=(torch.rand(grid) * 0.02 + 0.005).to(act),
+        zeros=torch.randint(0, 16, grid, dtype=torch.uint8) if asym else None,
+        group=group,
+        perm=perm if perm is None or experts else perm[0],
+    )
+
+
+def relative_rms(got: Tensor, wanted: Tensor) -> float:
+    return float((got.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+def assert_close(got: Tensor, wanted: Tensor) -> None:
+    """`wanted` is fp32; the bound is that of got's dtype."""
+    assert got.shape == wanted.shape
+    assert torch.isfinite(got).all()
+    assert relative_rms(got, wanted) <= BOUNDS[got.dtype]
