@@ -1,6 +1,6 @@
 """Train one of the two small models under models/ on the running interpreter's standard library, CPU only.
 
-python scripts/train_tiny.py --arch qwen3 --out models/tiny-qwen3 --steps 2000 --minutes 40
+python scripts/train_tiny.py --arch qwen3 --out models/tiny-qwen3 --steps 1350 --minutes 31
 """
 
 import argparse
@@ -56,7 +56,8 @@ MOE = {
 def read_corpus() -> tuple[list[str], list[str]]:
     """The modules to train on and those held out, each in path order."""
     root = Path(sysconfig.get_path("stdlib"))
-    train, held_out = [], []
+    train: list[str] = []
+    held_out: list[str] = []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
         if set(parts) & set(SKIPPED) or parts[0].startswith(SKIPPED_PREFIXES):
@@ -157,12 +158,12 @@ def train(
     hidden = dict(model.model.layers.named_parameters())
     matrices = [p for name, p in hidden.items() if p.ndim >= 2 and not name.endswith("mlp.gate.weight")]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    # after 150 steps of qwen3 the loss is 3.9 with Muon on the matrices, 4.8 with AdamW alone
+    # three minutes of qwen3 end at a held-out perplexity of 69 with these two, 141 with AdamW alone at 0.003
     optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=0.004, betas=(0.9, 0.95), weight_decay=0.0)]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     short, long = (batches(ids, length, args.tokens) for length in (SHORT, LONG))
     router = {"output_router_logits": True} if args.arch == "qwen3_moe" else {}
-    start = time.monotonic()
+    start, done = time.monotonic(), 0
     for step in range(args.steps):
         minutes = (time.monotonic() - start) / 60
         progress = max(step / args.steps, minutes / args.minutes)  # a slow machine trains on less, never unannealed
@@ -177,11 +178,12 @@ def train(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        done = step + 1
         if step % 50 == 0:
             print(f"step {step} of {args.steps}, {minutes:.1f} min, loss {loss.item():.3f}", flush=True)
-        if step % 300 == 299:
+        if done % 300 == 0:
             save(model, tokenizer, args.out)
-    print(f"trained {step + 1} steps in {(time.monotonic() - start) / 60:.1f} min")
+    print(f"trained {done} steps in {(time.monotonic() - start) / 60:.1f} min")
 
 
 @torch.no_grad()
