@@ -7,20 +7,24 @@ model, dense, in fp32, with the weights that those numbers stand for.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from formats import Plain, awq, awq_config, compressed_tensors, ct_config, ct_group, gptq, gptq_config
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCAB, GROUP = 96, 32
 PROJECTIONS = (
-    ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-    + ("in_proj_qkv", "in_proj_z", "out_proj")  # of the gated delta net; its b and a are too narrow to quantise
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3",
+    "in_proj_qkv", "in_proj_z", "out_proj",  # of the gated delta net; its b and a are too narrow to quantise
 )  # fmt: skip
 
 SIZES: dict[str, Any] = {
@@ -94,7 +98,6 @@ class Made:
     tensors: dict[str, Tensor]  # as stored
     oracle: dict[str, Tensor]  # dense fp32, under the names on disk
     quantized: list[str]
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Any:
         """The oracle as a model of transformers' own."""
@@ -107,23 +110,33 @@ class Made:
             (folder / "config.json").write_text(json.dumps(config))
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
+    def nest_config(self, model_type: str) -> None:
+        """Makes config.json that of a multimodal model around this one."""
+        text = json.loads((self.folder / "config.json").read_text())
+        quantization = text.pop("quantization_config")
+        shared = {"dtype": text["dtype"], "tie_word_embeddings": text["tie_word_embeddings"]}
+        values = {"model_type": model_type, "text_config": text, "quantization_config": quantization, **shared}
+        (self.folder / "config.json").write_text(json.dumps(values))
+
     def save(self) -> Path:
         """Writes `tensors` again, after a test has changed them."""
         save_file(self.tensors, self.folder / "model.safetensors", metadata={"format": "pt"})
         return self.folder
 
 
-def make_checkpoint(arch: str, recipe: Recipe, folder: Path, **config: Any) -> Made:
-    """The tiny model `arch` in `folder`, every projection quantised as `recipe` says; embeddings and routers dense."""
-    settings = AutoConfig.for_model(arch, **{**SIZES, **ARCHITECTURES[arch], "dtype": "float32", **config})
-    AutoModelForCausalLM.from_config(settings).float().save_pretrained(folder)
+def make_checkpoint(
+    arch: str, recipe: Recipe, folder: Path, *, also: tuple[str, ...] = (), dtype: str = "float32", **config: Any
+) -> Made:
+    """The tiny model `arch` in `folder`, every projection (and `also`) quantised as `recipe` says, the rest dense."""
+    settings = AutoConfig.for_model(arch, **{**SIZES, **ARCHITECTURES[arch], **config})
+    AutoModelForCausalLM.from_config(settings, dtype=torch.float32).save_pretrained(folder)
     oracle = load_file(folder / "model.safetensors")
     tensors, quantized = dict(oracle), []
     orders: dict[str, Tensor] = {}
     for name, dense in oracle.items():
         module, _, kind = name.rpartition(".")
         parent, _, projection = module.rpartition(".")
-        if kind != "weight" or projection not in PROJECTIONS or dense.ndim != 2:
+        if kind != "weight" or projection not in (*PROJECTIONS, *also) or dense.ndim != 2:
             continue
         # gate and up read the same input, so one calibration orders both
         order = orders.setdefault(f"{parent} {dense.shape[1]}", torch.randperm(dense.shape[1]))
@@ -133,7 +146,7 @@ def make_checkpoint(arch: str, recipe: Recipe, folder: Path, **config: Any) -> M
         quantized.append(module)
         del tensors[name]
     values = json.loads((folder / "config.json").read_text())
-    values["quantization_config"] = recipe.config()
+    values |= {"dtype": dtype, "quantization_config": recipe.config()}
     (folder / "config.json").write_text(json.dumps(values))
     made = Made(folder, {name: tensor.contiguous() for name, tensor in tensors.items()}, oracle, quantized)
     made.save()
@@ -157,3 +170,15 @@ def _dequantize(plain: Plain) -> Tensor:
     index = torch.tensor(plain.g_idx)
     levels = torch.tensor(plain.codes) - torch.tensor(plain.zeros)[:, index]
     return levels * plain.scales.float()[:, index]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, as many as the models have, with a chat template."""
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    characters = [chr(code) for code in range(32, 32 + VOCAB - len(special))]
+    vocab = {token: index for index, token in enumerate([*special.values(), *characters])}
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    tokenizer.decoder = Fuse()
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special)

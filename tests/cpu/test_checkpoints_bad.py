@@ -418,6 +418,7 @@ def test_shards_and_index_that_disagree(tmp_path: Path) -> None:
         (lambda index: {"weight_map": {"a": 3}}, "a: got 3, wanted the name of a safetensors file"),
         (lambda index: {"weight_map": {"a": "../model.safetensors"}}, "got '../model.safetensors'"),
         (lambda index: {"weight_map": {"a": "config.json"}}, "got 'config.json'"),
+        (lambda index: {"weight_map": {"\ud800": "a.safetensors"}}, "not JSON"),
         (lambda index: [1], "got JSON of type list"),
     ],
 )
@@ -425,3 +426,10 @@ def test_an_index(tmp_path: Path, change: Callable[[dict[str, Any]], Any], said:
     folder = folder_of("awq", tmp_path, shards=2)
     edit_index(folder, change)
     refused(folder, "model.safetensors.index.json", said)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "\0"])
+def test_an_index_that_names_a_file_no_disk_could_hold(tmp_path: Path, name: str) -> None:
+    folder = folder_of("awq", tmp_path, shards=2)
+    edit_index(folder, lambda index: {"weight_map": {"a": f"{name}.safetensors"}})
+    refused(folder, name, "got no such file")

@@ -76,12 +76,15 @@ def pick(data: st.DataObject, folder: Path, pattern: str) -> Path:
 
 
 def flip_bytes(data: st.DataObject, folder: Path) -> None:
+    """In the text of a file, or in the values behind its header."""
     path = pick(data, folder, "*")
     content = bytearray(path.read_bytes())
-    # half of the damage goes to the first kilobytes: that is where the headers are
-    last = data.draw(st.sampled_from([min(3000, len(content)), len(content)]))
+    text = 8 + struct.unpack("<Q", content[:8])[0] if path.suffix == ".safetensors" else len(content)
+    first, last = data.draw(st.sampled_from([(0, text), (text, len(content))]))
     for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, max(0, last - 1)))] = data.draw(st.integers(0, 255))
+        if first < last:
+            byte = data.draw(st.integers(0, 255) if first else st.sampled_from(b'0123456789{}[],:" -e'))
+            content[data.draw(st.integers(first, last - 1))] = byte
     path.write_bytes(content)
 
 

@@ -50,12 +50,11 @@ class Awq:
         return plan
 
     def read(self, parts: Parts, plan: Plan) -> QuantizedWeight:
-        rows = transpose_nibbles(parts["qweight"].read()).view(-1, 8, plan.k // 8)
         zeros = None
         if "qzeros" in parts:
             zeros = drop_trivial(unpack_nibbles(parts["qzeros"].read(), ORDER).t().contiguous(), self.scheme)
         return QuantizedWeight(
-            codes=rows[:, INVERSE].flatten(0, 1),
+            codes=transpose_nibbles(parts["qweight"].read(), INVERSE),
             scales=read_scales(parts["scales"]).t().contiguous(),
             zeros=zeros,
             group=plan.group,

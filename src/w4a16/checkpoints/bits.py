@@ -5,20 +5,31 @@ A word holds eight codes; unpacked, a layer would take eight times its memory, s
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..weight import pack_nibbles, unpack_nibbles
+from .shards import memory
 
 BLOCK_BYTES = 1 << 20  # temporaries of about this size stay in the last cache
 # swap the halves of 8x8 blocks of nibbles, then the quarters, then the eighths
 BUTTERFLY = ((4, 0x0000FFFF, 16), (2, 0x00FF00FF, 8), (1, 0x0F0F0F0F, 4))
 
 
-def transpose_nibbles(words: Tensor) -> Tensor:
-    """int32 [8R, C] to [8C, R]: nibble j of out[8c + i, r] is nibble i of words[8r + j, c]. Its own inverse."""
-    turned = words.view(-1, 8, words.shape[1]).permute(2, 1, 0)
-    out = turned.clone(memory_format=torch.contiguous_format)  # [C, 8, R]; worked on in place, so never the input
+def empty(*shape: int) -> Tensor:
+    """int32 on the CPU, in memory that goes back to the system when freed."""
+    if 0 in shape:
+        return torch.empty(shape, dtype=torch.int32, device="cpu")
+    return torch.frombuffer(memory(4 * math.prod(shape)), dtype=torch.int32).view(shape)
+
+
+def transpose_nibbles(words: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
+    """int32 [8R, C] to [8C, R]: nibble j of out[8c + i, r] is nibble order[i] of words[8r + j, c]."""
+    rows, columns = words.shape
+    out = empty(columns, 8, rows // 8)
+    out.copy_(words.view(rows // 8, 8, columns).permute(2, 1, 0))
     step = max(1, BLOCK_BYTES // max(1, out[:1].nbytes))
     for start in range(0, len(out), step):
         block = out[start : start + step]
@@ -27,12 +38,20 @@ def transpose_nibbles(words: Tensor) -> Tensor:
             swap = ((upper >> shift) ^ lower) & mask
             lower ^= swap
             upper ^= swap << shift
-    return out.view(-1, out.shape[-1])
+        if order != tuple(range(8)):
+            block.copy_(block[:, order])
+    return out.view(8 * columns, rows // 8)
+
+
+def transpose(words: Tensor) -> Tensor:
+    """int32 [R, C] to [C, R], contiguous."""
+    out = empty(words.shape[1], words.shape[0])
+    return out.copy_(words.t())
 
 
 def take_columns(codes: Tensor, index: Tensor) -> Tensor:
     """Codes [N, K//8] whose column j is column index[j] of `codes`."""
-    out = torch.empty_like(codes)
+    out = empty(*codes.shape)
     step = max(1, BLOCK_BYTES // max(1, 8 * codes[:1].nbytes))
     for start in range(0, len(codes), step):
         rows = slice(start, start + step)

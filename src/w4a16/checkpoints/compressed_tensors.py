@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,21 +12,13 @@ from torch import Tensor
 
 from ..errors import Unsupported
 from ..weight import QuantizedWeight, pack_nibbles, unpack_nibbles
-from .base import CHANNEL, SEE_CONFIG, Fields, Parts, Plan, Scheme, drop_trivial, plan_module, read_order, read_scales
+from .base import Fields, Parts, Plan, Scheme, drop_trivial, plan_module, read_order, read_scales
 from .bits import take_columns
-from .shards import FLOATS, Entry, bad
+from .compressed_tensors_config import describe, parse_groups, scheme_of
+from .shards import FLOATS, Entry
 
-PACKED = "pack-quantized"
-ORDERED = ("group", "dynamic", True)  # spellings of "columns of a group are not neighbours"
 # scales of a quantised KV cache: w4a16 keeps the cache in 16 bits and needs none of them
 CACHE = re.compile(r".*\.([qkv]_(scale|zero_point)|[qkv]_proj\.output_(scale|zero_point))$")
-
-
-@dataclass(frozen=True)
-class _Group:
-    names: tuple[str, ...]
-    patterns: tuple[re.Pattern[str], ...]
-    scheme: Scheme
 
 
 class CompressedTensors:
@@ -37,37 +28,12 @@ class CompressedTensors:
     )  # fmt: skip
 
     def __init__(self, fields: Fields) -> None:
-        packing = fields.text("format", default=PACKED)
-        if packing not in (PACKED, "mixed-precision"):
-            raise _format(fields, packing)
-        for key in ("transform_config", "sparsity_config"):
-            extra = fields.values.get(key)
-            if extra and not (isinstance(extra, dict) and extra.get("format") == "dense"):
-                raise fields.unsupported(
-                    key, got="a value", wanted="nothing", then="Ignoring it would change what the model computes."
-                )
-        groups = fields.child("config_groups", fields.values.get("config_groups"))
-        self.groups = [_group(groups.child(name, values)) for name, values in groups.values.items()]
+        self.groups = parse_groups(fields)
         self.cache = fields.values.get("kv_cache_scheme") is not None
         self.where = fields.where
 
     def scheme(self, module: str) -> Scheme:
-        """The group that names the module, else one whose pattern matches it, else the one for its class."""
-        for group in self.groups:
-            if module in group.names:
-                return group.scheme
-        for group in self.groups:
-            if any(pattern.match(module) for pattern in group.patterns):
-                return group.scheme
-        # classes are not in the files: "Linear" is what holds packed weights
-        for group in self.groups:
-            if "Linear" in group.names:
-                return group.scheme
-        classes = [group for group in self.groups if any("." not in name for name in group.names)]
-        if len(classes) != 1:
-            then = "Add it to the targets of its group."
-            raise bad(f"{self.where}.config_groups", got=f"no group for {module}", wanted="one", then=then)
-        return classes[0].scheme
+        return scheme_of(module, self.groups, self.where)
 
     def required(self, module: str) -> tuple[str, ...]:
         scheme = self.scheme(module)
@@ -128,71 +94,7 @@ class CompressedTensors:
 
     @staticmethod
     def describe(scheme: Scheme, found: Mapping[Scheme, Sequence[str]], ignore: Sequence[str]) -> dict[str, Any]:
-        groups = {}
-        # the most common scheme takes the class, the others name their modules, which the library matches first
-        for index, each in enumerate(sorted(found or {scheme: ()}, key=lambda each: -len(found.get(each, ())))):
-            strategy = {"strategy": "channel"} if each.group == CHANNEL else {"strategy": "group"}
-            groups[f"group_{index}"] = {
-                "targets": ["Linear"] if index == 0 else list(found[each]),
-                "weights": {
-                    "num_bits": 4,
-                    "type": "int",
-                    "symmetric": each.symmetric,
-                    **strategy,
-                    "group_size": None if each.group == CHANNEL else each.group,
-                    "dynamic": False,
-                },
-                "input_activations": None,
-                "output_activations": None,
-            }
-        return {
-            "quant_method": "compressed-tensors",
-            "format": PACKED,
-            "quantization_status": "compressed",
-            "config_groups": groups,
-            "ignore": list(ignore),
-            "kv_cache_scheme": None,
-        }
-
-
-def _group(fields: Fields) -> _Group:
-    for key in ("input_activations", "output_activations"):
-        if fields.values.get(key) is not None:
-            raise fields.unsupported(
-                key, got="a value", wanted="null", then="w4a16 computes with 16-bit activations only."
-            )
-    packing = fields.text("format", default=PACKED)
-    if packing != PACKED:
-        raise _format(fields, packing)
-    targets = fields.get("targets", kind=list, wanted="a list of names")
-    if not all(isinstance(target, str) for target in targets):
-        raise bad(f"{fields.where}.targets", got=targets, wanted="a list of names", then=SEE_CONFIG)
-    weights = fields.child("weights", fields.values.get("weights"))
-    number = weights.text("type", default="int")
-    if number != "int":
-        raise weights.unsupported("type", got=repr(number), wanted="'int'", then="w4a16 holds integers only.")
-    weights.four_bits("num_bits")
-    return _Group(
-        names=tuple(target for target in targets if not target.startswith("re:")),
-        patterns=tuple(fields.pattern(target[3:]) for target in targets if target.startswith("re:")),
-        scheme=Scheme(_columns(weights), weights.flag("symmetric", True), weights.values.get("actorder") in ORDERED),
-    )
-
-
-def _columns(weights: Fields) -> int:
-    size = CHANNEL if weights.values.get("group_size") is None else weights.group("group_size")
-    strategy = weights.text("strategy", default="channel" if size == CHANNEL else "group")
-    if strategy not in ("group", "channel"):
-        raise weights.unsupported("strategy", got=repr(strategy), wanted="'group' or 'channel'", then="Requantise it.")
-    if (strategy == "channel") != (size == CHANNEL):
-        raise bad(f"{weights.where}.group_size", got=size, wanted=f"what strategy {strategy} says", then=SEE_CONFIG)
-    return size
-
-
-def _format(fields: Fields, packing: str) -> Unsupported:
-    return fields.unsupported(
-        "format", got=repr(packing), wanted=f"'{PACKED}'", then="w4a16 reads integer weights of 4 bits only."
-    )
+        return describe(scheme, found, ignore)
 
 
 def _read_zeros(entry: Entry, plan: Plan) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import Unsupported
 from ..weight import CODES_PER_WORD, SYMMETRIC_ZERO, QuantizedWeight
+from .bits import empty
 from .shards import bad
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def _stack(checkpoint: Checkpoint, experts: Sequence[Sequence[str]]) -> Quantize
     first = checkpoint.plan(experts[0][0])
     rows = first.n * len(experts[0])
     lead = (len(experts), rows)
-    codes = torch.empty((*lead, first.k // CODES_PER_WORD), dtype=torch.int32, device="cpu")
+    codes = empty(*lead, first.k // CODES_PER_WORD)
     scales: Tensor | None = None
     zeros: Tensor | None = None
     perm: Tensor | None = None

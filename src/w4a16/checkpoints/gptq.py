@@ -23,7 +23,7 @@ from .base import (
     read_scales,
     zeros_of,
 )
-from .bits import invert, take_columns
+from .bits import invert, take_columns, transpose
 from .shards import FLOATS
 
 # Version 1 stores every zero point less one. GPTQModel, which defines it, subtracts from the whole word, so a zero
@@ -86,7 +86,7 @@ class Gptq:
         return plan
 
     def read(self, parts: Parts, plan: Plan) -> QuantizedWeight:
-        codes = parts["qweight"].read().t().contiguous()
+        codes = transpose(parts["qweight"].read())
         perm = read_order(parts["g_idx"], plan) if "g_idx" in parts else None
         zeros = unpack_nibbles(parts["qzeros"].read() + self.offset).t().contiguous()
         return QuantizedWeight(
@@ -103,7 +103,7 @@ class Gptq:
         codes = weight.codes if weight.perm is None else take_columns(weight.codes, invert(weight.perm))
         zeros = pack_nibbles(zeros_of(weight).t())
         return {
-            "qweight": codes.t().contiguous(),
+            "qweight": transpose(codes.cpu()),
             "qzeros": zeros - ONES if _version(scheme) == "gptq" else zeros,
             "scales": weight.scales.t().contiguous(),
             "g_idx": order_of(weight),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -127,7 +128,7 @@ class Checkpoint:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Reads config.json and every safetensors header; raises BadCheckpoint or Unsupported at what is wrong."""
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise bad(
             folder, got="no such folder", wanted="a folder with config.json and *.safetensors", then="Check the path."
         )

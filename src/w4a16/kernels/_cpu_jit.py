@@ -1,67 +1,101 @@
-"""The numba kernels of cpu_decode and cpu_prefill: out[m, n] = sum_k x[m, k] * (q[n, k] - z[n, g]) * s[n, g].
+"""What cpu_decode and cpu_prefill are made of: vector instructions, the arguments of a task, its compilation.
 
-    gemv   1 row of x     q as it stands in the word, times x scaled to match: and, convert, fma for a vector of W
-    tile   2 to 8 rows    a vector of W is dequantised once and meets every row of x while it is in a register
-    gemm   any number     a block of W is dequantised once into the L2 cache and meets every row of x from there
-
-A task works on chunks of `block_n` rows of W until none is left; its threads share the chunk counter. K is cut into
-blocks so that the rows of x in use stay in the L1 cache. The results depend on neither threads nor chunks.
+numba has no vector type and vectorises these loops badly, so the inner loops are written as LLVM IR with explicit
+vectors; LLVM splits each into the registers of the CPU it finds. Addresses and counts are int64.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import torch
 from llvmlite import ir
 from numba import cfunc, types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
+from torch import Tensor
 
-from ._cpu_ir import (
-    F32,
-    I32,
-    I64,
-    SCALE_BYTES,
-    SHIFTS,
-    const,
-    dequantize,
-    fma,
-    lane_sums,
-    load,
-    offset,
-    prefetch,
-    scale_and_shift,
-    store,
-)
+from ..layouts import EXLLAMA_ORDER, PackedWeight
+from ..weight import SYMMETRIC_ZERO
+
+F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+SHIFTS = tuple(4 * EXLLAMA_ORDER.index(i) for i in range(8))  # where value i of a word sits
+BF16, FP16, FP32 = 0, 1, 2  # dtype of the scales
+KINDS = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
+SCALE_BYTES, SCALE_TYPES = (2, 2, 4), (I16, I16, F32)
+LANES = 16 if "+avx512f" in get_host_cpu_features().split(",") else 8
 
 # What a task is given, as int64. Rows are strides in bytes; zero_step is 0 where all groups share one zero point.
 FIELDS = (
     *("next_chunk", "next_worker", "words", "word_row", "scales", "scale_row", "zeros", "zero_row", "zero_step"),
     *("x", "x_row", "x_sums", "out", "out_row", "m", "n", "k", "group", "block_m", "block_n", "block_k", "scratch"),
 )
-Args = type("Args", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_int64) for name in FIELDS]})
-
-GEMV_ROWS = 4  # rows of W that share a load of x
-TILE_ROWS = {2: 4, 4: 2, 8: 1}  # the same, by the rows of x
-GEMM_M, GEMM_N = 4, 3  # 12 sums, 3 vectors of W and one of x: the 16 registers of AVX2
+Args: Any = type("Args", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_int64) for name in FIELDS]})
+_SYMMETRIC = torch.full((LANES,), SYMMETRIC_ZERO, dtype=torch.uint8)
 
 
-def _field(b: ir.IRBuilder, args: ir.Value, name: str) -> ir.Value:
+def task_args(*, weight: PackedWeight, out: Tensor, m: int, **rest: int) -> Any:
+    """The arguments of a task; it reads the tensors by address, so the caller keeps them."""
+    codes, scales, zeros = weight.codes, weight.scales, weight.zeros
+    shared = zeros is None
+    return Args(
+        words=codes.data_ptr(),
+        word_row=4 * codes.stride(0),
+        scales=scales.data_ptr(),
+        scale_row=scales.element_size() * scales.stride(0),
+        zeros=_SYMMETRIC.data_ptr() if zeros is None else zeros.data_ptr(),
+        zero_row=0 if zeros is None else zeros.stride(0),
+        zero_step=0 if shared else 1,
+        out=out.data_ptr(),
+        out_row=4 * out.stride(0),
+        m=m,
+        n=weight.n,
+        k=weight.k,
+        group=weight.group,
+        **rest,
+    )
+
+
+def columns_at_a_time(limit: int, group: int, k: int) -> int:
+    """Columns of K in one block: whole groups up to `limit`, or an equal part of a group larger than that."""
+    if group <= limit:
+        return limit // group * group
+    return limit if group == k or group % limit == 0 else group
+
+
+def compile_task(task: Any) -> Any:
+    """The task as a C function of one int64, the address of its Args; compiled once per machine and kept on disk.
+
+    numba's cache looks at the task's own file only, so the name carries what this file holds.
+    """
+    task.__qualname__ += f"_{_REVISION:08x}"
+    return cfunc(types.void(types.int64), cache=True, error_model="numpy")(task)
+
+
+_REVISION = zlib.crc32(Path(__file__).read_bytes())
+
+
+def field(b: ir.IRBuilder, args: ir.Value, name: str) -> ir.Value:
     return load(b, b.add(args, const(I64, 8 * FIELDS.index(name))), I64, 8)
 
 
 @intrinsic(prefer_literal=True)
-def _get(_typing, args, name):
+def get(_typing, args, name):
+    """A field of the arguments."""
+
     def codegen(_context, b, _signature, values):
-        return _field(b, values[0], name.literal_value)
+        return field(b, values[0], name.literal_value)
 
     return types.int64(types.int64, name), codegen
 
 
 @intrinsic(prefer_literal=True)
-def _take(_typing, args, name):
+def take(_typing, args, name):
     """Adds one to a field, atomically; returns what it was."""
 
     def codegen(_context, b, _signature, values):
@@ -71,239 +105,165 @@ def _take(_typing, args, name):
     return types.int64(types.int64, name), codegen
 
 
-def _row(b: ir.IRBuilder, args: ir.Value, n: ir.Value, k: ir.Value, g: ir.Value, kind: int) -> list[ir.Value]:
+def weight_at(b: ir.IRBuilder, args: ir.Value, n: ir.Value, k: ir.Value, g: ir.Value, kind: int) -> list[ir.Value]:
     """Addresses of the words, scale and zero point of W[n, k], k in group g."""
 
     def at(base: str, row: str, column: ir.Value) -> ir.Value:
-        return b.add(offset(b, _field(b, args, base), n, _field(b, args, row)), column)
+        return b.add(offset(b, field(b, args, base), n, field(b, args, row)), column)
 
     words = at("words", "word_row", b.lshr(k, const(I64, 1)))
     scale = at("scales", "scale_row", b.mul(g, const(I64, SCALE_BYTES[kind])))
-    return [words, scale, at("zeros", "zero_row", b.mul(g, _field(b, args, "zero_step")))]
+    return [words, scale, at("zeros", "zero_row", b.mul(g, field(b, args, "zero_step")))]
 
 
-def _clamped(b: ir.IRBuilder, first: ir.Value, count: int, end: ir.Value) -> list[ir.Value]:
+def clamped(b: ir.IRBuilder, first: ir.Value, count: int, end: ir.Value) -> list[ir.Value]:
     """Indices first, first+1, ...; those past the end name the last row, which a tile then reads twice."""
     last = b.sub(end, const(I64, 1))
     rows = [b.add(first, const(I64, i)) for i in range(count)]
     return [b.select(b.icmp_signed("<", row, last), row, last) for row in rows]
 
 
-def _vectors(b: ir.IRBuilder, count: int, lanes: int) -> list[ir.Value]:
-    return [cgutils.alloca_once(b, ir.VectorType(F32, lanes)) for _ in range(count)]
+def add_to_out(
+    b: ir.IRBuilder, args: ir.Value, m: ir.Value, n: ir.Value, k: ir.Value, sums: dict[Any, ir.Value]
+) -> None:
+    """out[m + i, n + j] += the lanes of sums[i, j]; the first block of K overwrites."""
+    first_block = b.icmp_signed("==", k, const(I64, 0))
+    totals = lane_sums(b, [b.load(slot) for slot in sums.values()])
+    for (i, j), total in zip(sums, totals, strict=True):
+        at = out_at(b, args, b.add(m, const(I64, i)), b.add(n, const(I64, j)))
+        before = b.select(first_block, const(F32, 0.0), load(b, at, F32))
+        store(b, b.fadd(before, total), at)
 
 
-def _clear(b: ir.IRBuilder, slots: list[ir.Value]) -> None:
-    for slot in slots:
+def out_at(b: ir.IRBuilder, args: ir.Value, m: ir.Value, n: ir.Value) -> ir.Value:
+    """The address of out[m, n], which has whole tiles: see `out_scratch`."""
+    return offset(b, offset(b, field(b, args, "out"), m, field(b, args, "out_row")), n, 4)
+
+
+def const(ty: ir.Type, value: float | Iterable[int]) -> ir.Constant:
+    """`value` as `ty`: one number in every lane, or one number a lane."""
+    if not isinstance(ty, ir.VectorType):
+        return ir.Constant(ty, value)
+    return ir.Constant(ty, [value] * ty.count if isinstance(value, int | float) else list(value))
+
+
+def offset(b: ir.IRBuilder, base: ir.Value, index: ir.Value, stride: ir.Value | int) -> ir.Value:
+    return b.add(base, b.mul(index, const(I64, stride) if isinstance(stride, int) else stride))
+
+
+def load(b: ir.IRBuilder, address: ir.Value, ty: ir.Type, align: int = 4) -> ir.Value:
+    value = b.load(b.inttoptr(address, ty.as_pointer()))
+    value.align = align
+    return value
+
+
+def store(b: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+    b.store(value, b.inttoptr(address, value.type.as_pointer())).align = 4
+
+
+def accumulators(b: ir.IRBuilder, rows: int, columns: int, lanes: int) -> dict[tuple[int, int], ir.Value]:
+    """A vector of zeros for each (i, j) of a tile, j the slower index; LLVM keeps them in registers."""
+    slots = {(i, j): cgutils.alloca_once(b, ir.VectorType(F32, lanes)) for j in range(columns) for i in range(rows)}
+    clear(b, slots)
+    return slots
+
+
+def clear(b: ir.IRBuilder, slots: dict[tuple[int, int], ir.Value]) -> None:
+    for slot in slots.values():
         b.store(const(slot.type.pointee, 0.0), slot)
 
 
-def _add_to_out(b: ir.IRBuilder, args: ir.Value, m: ir.Value, n: ir.Value, k: ir.Value, sums: dict) -> None:
-    """out[m + i, n + j] += sums[i, j] where that is inside the matrix; the first block of K overwrites."""
-    first_block = b.icmp_signed("==", k, const(I64, 0))
-    for (i, j), value in sums.items():
-        row, column = b.add(m, const(I64, i)), b.add(n, const(I64, j))
-        m_in, n_in = (b.icmp_signed("<", at, _field(b, args, size)) for at, size in ((row, "m"), (column, "n")))
-        with b.if_then(b.and_(m_in, n_in), likely=True):
-            at = offset(b, offset(b, _field(b, args, "out"), row, _field(b, args, "out_row")), column, 4)
-            before = b.select(first_block, const(F32, 0.0), load(b, at, F32))
-            store(b, b.fadd(before, value), at)
+def add_product(b: ir.IRBuilder, slot: ir.Value, x: ir.Value, y: ir.Value) -> None:
+    b.store(fma(b, x, y, b.load(slot)), slot)
 
 
-@intrinsic(prefer_literal=True)
-def _gemv_rows(_typing, kind, lanes, groups, args, n, steps, runs):
-    """GEMV_ROWS rows of W times one row of x. A run of steps shares its scales: a group, or `groups` of them a vector.
-
-    x holds for each vector of words the eight vectors of values they meet, each times 2^-(where its nibble sits).
-    """
-    kind_, lanes_, groups_ = kind.literal_value, lanes.literal_value, groups.literal_value
-
-    def codegen(context, b, _signature, values):
-        args, n, steps, runs = values[3:]
-        words_t, floats_t, zero = ir.VectorType(I32, lanes_), ir.VectorType(F32, lanes_), const(I64, 0)
-        rows = [_row(b, args, row, zero, zero, kind_) for row in _clamped(b, n, GEMV_ROWS, _field(b, args, "n"))]
-        ahead = b.mul(_field(b, args, "word_row"), const(I64, GEMV_ROWS))
-        totals, sums = _vectors(b, GEMV_ROWS, lanes_), _vectors(b, GEMV_ROWS, lanes_)
-        _clear(b, totals)
-        with cgutils.for_range(b, runs) as run:
-            _clear(b, sums)
-            with cgutils.for_range(b, steps) as inner:
-                step = b.add(b.mul(run.index, steps), inner.index)
-                addresses = [offset(b, words, step, 4 * lanes_) for words, _, _ in rows]
-                loaded = [load(b, address, words_t) for address in addresses]
-                for address in addresses:
-                    prefetch(b, b.add(address, ahead))
-                values_at = offset(b, _field(b, args, "x"), step, 32 * lanes_)
-                for i, shift in enumerate(SHIFTS):
-                    x = load(b, b.add(values_at, const(I64, 4 * lanes_ * i)), floats_t)
-                    for word, part in zip(loaded, sums, strict=True):
-                        # the top nibble is moved, as in place it would be read as a sign
-                        q = b.lshr(word, const(words_t, 28)) if shift == 28 else b.and_(word, const(words_t, 15 << shift))
-                        b.store(fma(b, b.sitofp(q, floats_t), x, b.load(part)), part)
-            group = b.mul(run.index, const(I64, groups_))
-            x_sum = load(b, offset(b, _field(b, args, "x_sums"), run.index, 4 * lanes_), floats_t)
-            for (_, scale, zero_point), part, total in zip(rows, sums, totals, strict=True):
-                scale_at = offset(b, scale, group, SCALE_BYTES[kind_])
-                zero_at = offset(b, zero_point, group, _field(b, args, "zero_step"))
-                s, minus_zs = scale_and_shift(b, scale_at, zero_at, kind_, lanes_, groups_)
-                b.store(fma(b, s, b.load(part), fma(b, minus_zs, x_sum, b.load(total))), total)
-        sums = lane_sums(b, [b.load(total) for total in totals])
-        _add_to_out(b, args, zero, n, zero, {(0, j): value for j, value in enumerate(sums)})
-        return context.get_dummy_value()
-
-    return types.void(kind, lanes, groups, *[types.int64] * 4), codegen
+def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    name = f"llvm.fma.v{x.type.count}f32"
+    return b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(x.type, [x.type] * 3), name), [x, y, z])
 
 
-@intrinsic(prefer_literal=True)
-def _tile(_typing, kind, lanes, tile_m, tile_n, args, m, n, k, g, run, runs):
-    """tile_n rows of W times tile_m rows of x over `runs` groups of `run` columns from column k (group g)."""
-    kind_, lanes_, m_, n_ = (ty.literal_value for ty in (kind, lanes, tile_m, tile_n))
-
-    def codegen(context, b, _signature, values):
-        args, m, n, k, g, run, runs = values[4:]
-        floats_t = ir.VectorType(F32, lanes_)
-        rows = [_row(b, args, row, k, g, kind_) for row in _clamped(b, n, n_, _field(b, args, "n"))]
-        ahead = b.mul(_field(b, args, "word_row"), const(I64, n_))
-        # x is [M / tile_m, K / lanes, tile_m, lanes]
-        x = offset(b, _field(b, args, "x"), b.add(b.mul(m, _field(b, args, "k")), b.mul(k, const(I64, m_))), 4)
-        sums = {(i, j): _vectors(b, 1, lanes_)[0] for j in range(n_) for i in range(m_)}
-        _clear(b, list(sums.values()))
-        steps = b.sdiv(run, const(I64, lanes_))
-        with cgutils.for_range(b, runs) as group:
-            scales = []
-            first = b.mul(group.index, steps)
-            for words, scale, zero in rows:
-                scale_at = offset(b, scale, group.index, SCALE_BYTES[kind_])
-                zero_at = offset(b, zero, group.index, _field(b, args, "zero_step"))
-                scales.append(scale_and_shift(b, scale_at, zero_at, kind_, lanes_))
-                prefetch(b, b.add(offset(b, words, first, lanes_ // 2), ahead), b.lshr(run, const(I64, 1)))
-            with cgutils.for_range(b, steps) as inner:
-                step = b.add(first, inner.index)
-                ws = [
-                    dequantize(b, offset(b, words, step, lanes_ // 2), s, minus_zs, lanes_)
-                    for (words, _, _), (s, minus_zs) in zip(rows, scales, strict=True)
-                ]
-                for i in range(m_):
-                    values_at = b.add(offset(b, x, step, 4 * lanes_ * m_), const(I64, 4 * lanes_ * i))
-                    row = load(b, values_at, floats_t)
-                    for j, w in enumerate(ws):
-                        b.store(fma(b, w, row, b.load(sums[i, j])), sums[i, j])
-        totals = lane_sums(b, [b.load(slot) for slot in sums.values()])
-        _add_to_out(b, args, m, n, k, dict(zip(sums, totals, strict=True)))
-        return context.get_dummy_value()
-
-    return types.void(kind, lanes, tile_m, tile_n, *[types.int64] * 7), codegen
+def shuffle(b: ir.IRBuilder, x: ir.Value, y: ir.Value, lanes: Iterable[int]) -> ir.Value:
+    index = list(lanes)
+    return b.shuffle_vector(x, y, const(ir.VectorType(I32, len(index)), index))
 
 
-@intrinsic(prefer_literal=True)
-def _dequantize_row(_typing, kind, lanes, args, n, k, g, run, runs, to):
-    """W[n, k : k + run * runs] as fp32 at address `to`."""
-    kind_, lanes_ = kind.literal_value, lanes.literal_value
-
-    def codegen(context, b, _signature, values):
-        args, n, k, g, run, runs, to = values[2:]
-        words, scale, zero = _row(b, args, n, k, g, kind_)
-        steps = b.sdiv(run, const(I64, lanes_))
-        with cgutils.for_range(b, runs) as group:
-            scale_at = offset(b, scale, group.index, SCALE_BYTES[kind_])
-            zero_at = offset(b, zero, group.index, _field(b, args, "zero_step"))
-            s, minus_zs = scale_and_shift(b, scale_at, zero_at, kind_, lanes_)
-            with cgutils.for_range(b, steps) as inner:
-                step = b.add(b.mul(group.index, steps), inner.index)
-                w = dequantize(b, offset(b, words, step, lanes_ // 2), s, minus_zs, lanes_)
-                store(b, w, offset(b, to, step, 4 * lanes_))
-        return context.get_dummy_value()
-
-    return types.void(kind, lanes, *[types.int64] * 7), codegen
+def spread(b: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+    """Each element of a vector repeated over an equal share of the lanes."""
+    share = lanes // value.type.count
+    return shuffle(b, value, value, (i // share for i in range(lanes)))
 
 
-@intrinsic(prefer_literal=True)
-def _gemm_tile(_typing, lanes, args, m, n, k, columns, w, w_row):
-    """GEMM_N dequantised rows of W at address w times GEMM_M rows of x, over `columns` columns from column k."""
-    lanes_ = lanes.literal_value
-
-    def codegen(context, b, _signature, values):
-        args, m, n, k, columns, w, w_row = values[1:]
-        floats_t, x_row = ir.VectorType(F32, lanes_), _field(b, args, "x_row")
-        x = offset(b, _field(b, args, "x"), k, 4)
-        xs = [offset(b, x, row, x_row) for row in _clamped(b, m, GEMM_M, _field(b, args, "m"))]
-        ws = [offset(b, w, const(I64, j), w_row) for j in range(GEMM_N)]
-        sums = {(i, j): _vectors(b, 1, lanes_)[0] for j in range(GEMM_N) for i in range(GEMM_M)}
-        _clear(b, list(sums.values()))
-        with cgutils.for_range(b, b.sdiv(columns, const(I64, lanes_))) as step:
-            at = b.mul(step.index, const(I64, 4 * lanes_))
-            loaded = [load(b, b.add(row, at), floats_t) for row in ws]
-            for i, row in enumerate(xs):
-                x = load(b, b.add(row, at), floats_t)
-                for j, values in enumerate(loaded):
-                    b.store(fma(b, values, x, b.load(sums[i, j])), sums[i, j])
-        totals = lane_sums(b, [b.load(slot) for slot in sums.values()])
-        _add_to_out(b, args, m, n, k, dict(zip(sums, totals, strict=True)))
-        return context.get_dummy_value()
-
-    return types.void(lanes, *[types.int64] * 7), codegen
+def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
+    """Asks for a cache line; one that does not exist is harmless."""
+    ty = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    function = cgutils.get_or_insert_function(b.module, ty, "llvm.prefetch.p0")
+    b.call(function, [b.inttoptr(address, I8.as_pointer()), const(I32, 0), const(I32, 3), const(I32, 1)])
 
 
-def _compile(task: Any) -> Any:
-    return cfunc(types.void(types.int64), cache=True, error_model="numpy")(task)
+def scale_and_shift(
+    b: ir.IRBuilder, scale: ir.Value, zero: ir.Value, kind: int, lanes: int, groups: int = 1
+) -> tuple[ir.Value, ir.Value]:
+    """Vectors s and -z*s of `groups` neighbouring groups, from their addresses: w = q*s + (-z*s)."""
+    scales = load(b, scale, ir.VectorType(SCALE_TYPES[kind], groups), 2)
+    s, shift = _to_fp32(b, scales, load(b, zero, ir.VectorType(I8, groups), 1), kind)
+    return spread(b, s, lanes), spread(b, shift, lanes)
 
 
-@functools.cache
-def gemv(kind: int, lanes: int, groups: int) -> Any:
-    def task(args):
-        block, end, k, group = _get(args, "block_n"), _get(args, "n"), _get(args, "k"), _get(args, "group")
-        run = max(group, 8 * lanes)
-        first = _take(args, "next_chunk") * block
-        while first < end:
-            for n in range(first, min(first + block, end), GEMV_ROWS):
-                _gemv_rows(kind, lanes, groups, args, n, run // (8 * lanes), k // run)
-            first = _take(args, "next_chunk") * block
-
-    return _compile(task)
+def scale_and_shift_of_rows(
+    b: ir.IRBuilder, scales: list[ir.Value], zeros: list[ir.Value], kind: int
+) -> tuple[ir.Value, ir.Value]:
+    """The same with one row of W in each lane."""
+    return _to_fp32(b, gather(b, scales, SCALE_TYPES[kind]), gather(b, zeros, I8), kind)
 
 
-@functools.cache
-def tile(kind: int, lanes: int, tile_m: int) -> Any:
-    tile_n = TILE_ROWS[tile_m]
-
-    def task(args):
-        block, end, k_end, group = _get(args, "block_n"), _get(args, "n"), _get(args, "k"), _get(args, "group")
-        block_k, m_end = _get(args, "block_k"), _get(args, "m")
-        first = _take(args, "next_chunk") * block
-        while first < end:
-            for k in range(0, k_end, block_k):
-                columns = min(block_k, k_end - k)
-                run = min(group, columns)
-                for m in range(0, m_end, tile_m):
-                    for n in range(first, min(first + block, end), tile_n):
-                        _tile(kind, lanes, tile_m, tile_n, args, m, n, k, k // group, run, columns // run)
-            first = _take(args, "next_chunk") * block
-
-    return _compile(task)
+def gather(b: ir.IRBuilder, addresses: list[ir.Value], element: ir.Type) -> ir.Value:
+    """The values at the addresses, one in each lane."""
+    vector = ir.Constant(ir.VectorType(element, len(addresses)), ir.Undefined)
+    for lane, address in enumerate(addresses):
+        vector = b.insert_element(vector, load(b, address, element, 1), const(I32, lane))
+    return vector
 
 
-@functools.cache
-def gemm(kind: int, lanes: int) -> Any:
-    def task(args):
-        block_m, block_n, block_k = _get(args, "block_m"), _get(args, "block_n"), _get(args, "block_k")
-        m_end, n_end, k_end, group = _get(args, "m"), _get(args, "n"), _get(args, "k"), _get(args, "group")
-        w_row = 4 * block_k
-        buffer = _get(args, "scratch") + _take(args, "next_worker") * (block_n + GEMM_N) * w_row
-        across = (n_end + block_n - 1) // block_n
-        chunks = across * ((m_end + block_m - 1) // block_m)
-        chunk = _take(args, "next_chunk")
-        while chunk < chunks:
-            m0, n0 = chunk // across * block_m, chunk % across * block_n
-            m1, n1 = min(m0 + block_m, m_end), min(n0 + block_n, n_end)
-            for k in range(0, k_end, block_k):
-                columns = min(block_k, k_end - k)
-                run = min(group, columns)
-                for n in range(n0, n1):
-                    to = buffer + (n - n0) * w_row
-                    _dequantize_row(kind, lanes, args, n, k, k // group, run, columns // run, to)
-                for m in range(m0, m1, GEMM_M):
-                    for n in range(n0, n1, GEMM_N):
-                        _gemm_tile(lanes, args, m, n, k, columns, buffer + (n - n0) * w_row, w_row)
-            chunk = _take(args, "next_chunk")
+def _to_fp32(b: ir.IRBuilder, scales: ir.Value, zeros: ir.Value, kind: int) -> tuple[ir.Value, ir.Value]:
+    floats, words = ir.VectorType(F32, scales.type.count), ir.VectorType(I32, scales.type.count)
+    if kind == BF16:
+        scales = b.bitcast(b.shl(b.zext(scales, words), const(words, 16)), floats)
+    elif kind == FP16:
+        scales = _from_fp16(b, b.zext(scales, words), floats)
+    return scales, b.fneg(b.fmul(scales, b.uitofp(zeros, floats)))
 
-    return _compile(task)
+
+def _from_fp16(b: ir.IRBuilder, bits: ir.Value, floats: ir.Type) -> ir.Value:
+    """By hand, as LLVM calls a function that not every machine has: move the exponent, then mend its bias."""
+    words = bits.type
+    magnitude = b.bitcast(b.shl(b.and_(bits, const(words, 0x7FFF)), const(words, 13)), floats)
+    sign = b.shl(b.and_(bits, const(words, 0x8000)), const(words, 16))
+    return b.bitcast(b.or_(b.bitcast(b.fmul(magnitude, const(floats, 2.0**112)), words), sign), floats)
+
+
+def dequantize(b: ir.IRBuilder, address: ir.Value, scale: ir.Value, shift: ir.Value, lanes: int) -> ir.Value:
+    """The next `lanes` weights of a row, in the order of K."""
+    words = spread(b, load(b, address, ir.VectorType(I32, lanes // 8)), lanes)
+    q = b.and_(b.lshr(words, const(words.type, SHIFTS * (lanes // 8))), const(words.type, 15))
+    return fma(b, b.sitofp(q, ir.VectorType(F32, lanes)), scale, shift)
+
+
+def lane_sums(b: ir.IRBuilder, vectors: list[ir.Value]) -> list[ir.Value]:
+    """The sum of each vector's lanes, as scalars, by a tree that adds several vectors at once."""
+
+    def halve(x: ir.Value, y: ir.Value, lanes: int) -> ir.Value:
+        return b.fadd(shuffle(b, x, y, range(0, lanes, 2)), shuffle(b, x, y, range(1, lanes, 2)))
+
+    sums: list[ir.Value] = []
+    while vectors:
+        width = vectors[0].type.count
+        while width > len(vectors):
+            width //= 2
+        tree, vectors = vectors[:width], vectors[width:]
+        while len(tree) > 1:
+            tree = [halve(x, y, 2 * x.type.count) for x, y in zip(tree[::2], tree[1::2], strict=True)]
+        total = tree[0]
+        while total.type.count > width:
+            total = halve(total, total, total.type.count)
+        sums += [b.extract_element(total, const(I32, i)) for i in range(width)]
+    return sums

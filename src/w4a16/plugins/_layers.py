@@ -81,12 +81,16 @@ def skip_quantized(places: Places) -> Any:
 def raise_if_missing(model: Any, where: object) -> None:
     """Makes transformers' loader raise BadCheckpoint where it would initialise a parameter at random."""
     adjust = model._adjust_missing_and_unexpected_keys
+    # before 5.23 transformers compares no shape in a quantised model
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     def check(info: Any) -> None:
         del model._adjust_missing_and_unexpected_keys  # this function, which hides the method
         adjust(info)
         info.unexpected_keys = {key for key in info.unexpected_keys if SKIPPED not in key}
-        shapes = [f"{name} {tuple(got)}, wanted {tuple(wanted)}" for name, got, wanted in info.mismatched_keys]
+        found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        found |= {name: tuple(shape) for name, shape, _ in info.mismatched_keys}
+        shapes = [f"{name} {found[name]}, wanted {shape}" for name, shape in wanted.items() if found[name] != shape]
         lost = [*info.missing_keys, *shapes, *info.conversion_errors]
         if lost:
             # or transformers raises its own error over ours

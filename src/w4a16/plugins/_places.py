@@ -62,20 +62,20 @@ def find_places(model: Any, checkpoint: Checkpoint) -> Places:
     renamings = [t for t in mapping if isinstance(t, api.WeightRenaming)]
     converters = [t for t in mapping if isinstance(t, api.WeightConverter)]
     by_source = {source: converter for converter in converters for source in converter.source_patterns}
-    ignored = re.compile("|".join(f"({p})" for p in model._keys_to_ignore_on_load_unexpected or ()) or r"$^")
+    ignored = re.compile("|".join(f"({p})" for p in model._keys_to_ignore_on_load_unexpected or ()) or "(?!)")
     state, prefix = model.state_dict(), model.base_model_prefix
     modules = {f"{module}.weight": module for module in checkpoint.quantized}
-    places, homeless = Places(), []
+    places, homeless, stray = Places(), [], []
     # in the order in which transformers renames, as some renames depend on the names that came before
     for key in sorted([*checkpoint.dense, *modules], key=api.dot_natural_key):
         name, source = api.rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
             name, source = key, None
-        if key.endswith(".bias") and key[:-5] in checkpoint.quantized and name not in state:
-            _want_zeros(checkpoint, key)
         if key not in modules:
-            if source is None and name in state and isinstance(_owner(model, name), nn.Linear):
-                places.dense += [key.removesuffix(".weight")] if key.endswith(".weight") else []
+            if name not in state:
+                stray.append(key)
+            elif source is None and key.endswith(".weight") and isinstance(_owner(model, name), nn.Linear):
+                places.dense.append(key.removesuffix(".weight"))
             continue
         renamed = api.rename_source_key(key, renamings, [])[0].removesuffix(".weight")
         places.renamed.add(renamed)
@@ -94,6 +94,10 @@ def find_places(model: Any, checkpoint: Checkpoint) -> Places:
         )
     for block, found in places.experts.items():
         _want_all(checkpoint, block, found)
+    placed = {*places.linears.values(), *(name for found in places.experts.values() for name in found.names.values())}
+    for key in stray:
+        if key.removesuffix(".bias") in placed:
+            _want_zeros(checkpoint, key)
     return places
 
 

@@ -83,11 +83,14 @@ class W4A16Quantizer(HfQuantizer):  # type: ignore[misc]
             self.places = find_places(model, checkpoint)
         swap(model, self.places, self.dtype)
         raise_if_missing(model, self.folder)
+        # before 5.22 the loader leaves a renamed tensor of a pre-quantised model in the dtype that it has on disk
+        self.pre_quantized = hasattr(HfQuantizer, "get_new_dtype")
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         return [*weight_conversions, skip_quantized(self.places)]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        self.pre_quantized = True
         with open_checkpoint(self.folder) as checkpoint:
             fill(model, checkpoint, self.places, self.dtype)
 
@@ -115,10 +118,9 @@ def _serves(config: dict[str, Any]) -> bool:
 
 
 def _config_of(stock: Any) -> Any:
-    def from_dict(config: dict[str, Any], **kwargs: Any) -> Any:
-        return (W4A16Config if _serves(config) else stock).from_dict(config, **kwargs)
-
-    return SimpleNamespace(from_dict=from_dict)
+    return SimpleNamespace(
+        from_dict=lambda config, **kwargs: (W4A16Config if _serves(config) else stock).from_dict(config, **kwargs)
+    )
 
 
 def _quantizer_of(stock: Any) -> Any:
@@ -172,16 +174,16 @@ def _enabled() -> Iterator[None]:
 
 
 def load_model(path_or_id: str, device: torch.device | str = "cpu", **kwargs: Any) -> Any:
-    """A causal LM from a W4A16 checkpoint, a folder or a Hub id. kwargs go to `from_pretrained`; `device_map` overrides
-    `device`, `dtype` defaults to that of config.json."""
-    config, _ = PreTrainedConfig.get_config_dict(path_or_id, **kwargs)
-    scheme = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
-    if scheme is None:
-        raise Unsupported(f"{path_or_id}: got no quantization_config in config.json. Run `w4a16 quantize` on it first.")
-    if scheme.get("quant_method") not in FORMATS or not _serves(scheme):
-        raise Unsupported(f"{path_or_id}: got {scheme}, wanted 4-bit weights as one of {', '.join(FORMATS)}.")
+    """A causal LM from a folder or a Hub id. kwargs go to `from_pretrained`; a `device_map` overrides `device`."""
     if Path(path_or_id).is_dir():
         open_checkpoint(path_or_id)  # what is wrong with it, before anything is loaded
+    config, _ = PreTrainedConfig.get_config_dict(path_or_id, **kwargs)
+    scheme = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
+    if scheme.get("quant_method") not in FORMATS or not _serves(scheme):
+        raise Unsupported(
+            f"{path_or_id}: got {scheme or 'no'} quantization_config in config.json, wanted 4-bit weights as one of "
+            f"{', '.join(FORMATS)}. Run `w4a16 quantize` on the dense model, or `w4a16 convert` on an old one."
+        )
     if torch.device(device).type != "cpu":  # the CPU is transformers' own default, and asks for no accelerate
         kwargs.setdefault("device_map", {"": torch.device(device)})
     with _enabled():
