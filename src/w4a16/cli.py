@@ -163,7 +163,9 @@ def explain(
     )
     where = known_device(device) if device else this_machine()
     found = explanation(problem, where)
-    table = Table("kernel", "what it is", "answer", title=f"{problem.op} m={m} n={n} k={k} on {where.arch} ({where.model})")
+    table = Table(
+        "kernel", "what it is", "answer", title=f"{problem.op} m={m} n={n} k={k} on {where.arch} ({where.model})"
+    )
     for line in found.lines:
         table.add_row(line.stem, line.does, f"[green]{line.answer}[/]" if line.wins else line.answer)
     console.print(table)

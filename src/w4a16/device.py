@@ -103,8 +103,9 @@ def _probe(kind: str, index: int | None) -> Device:
     if kind != "cuda":
         raise Unsupported(f"w4a16 runs on cpu and cuda (NVIDIA and AMD) devices, not on {kind!r}.")
     properties = torch.cuda.get_device_properties(index if index is not None else torch.cuda.current_device())
-    gcn = getattr(properties, "gcnArchName", "").split(":")[0]
-    return known_device(gcn or f"sm{properties.major}{properties.minor}")
+    if torch.version.hip:
+        return known_device(properties.gcnArchName.split(":")[0])
+    return known_device(f"sm{properties.major}{properties.minor}")
 
 
 def current_device(device: torch.device | str = "cpu") -> Device:

@@ -139,8 +139,26 @@ def _moe(
         activation=activation,
         gated=gated,
         weight_input=weight_input,
+        linear=_expert_linear,
         tile=choice.tile,
     )
+    return out
+
+
+def _expert_linear(x: Tensor, weight: PackedWeight) -> Tensor:
+    """fp32 [M, N] = x [M, K] @ W^T of one expert, by the kernel that serves its row count."""
+    problem = Problem(
+        m=x.shape[0],
+        n=weight.n,
+        k=weight.k,
+        group=weight.group,
+        act=ACT_NAMES[weight.act],
+        has_zeros=weight.has_zeros,
+    )
+    choice = choose(problem, current_device(x.device), weight.layout)
+    out = x.new_empty((problem.m, problem.n), dtype=torch.float32)
+    rows = x if weight.perm is None else x.index_select(1, weight.perm)
+    launcher(choice.row.stem)(out=out, x=rows, weight=weight, bias=None, tile=choice.tile)
     return out
 
 
