@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from .quantize import quantize_model
 
 SCHEMES = (("sym g128", 128, True), ("asym g32", 32, False))
 FORMATS = ("compressed-tensors", "awq", "gptq")
-PROMPT_TOKENS, NEW_TOKENS, EVAL_TOKENS, REPEATS = 128, 32, 4096, 3
+PROMPT_TOKENS, NEW_TOKENS, EVAL_TOKENS, REPEATS = 64, 32, 2048, 3
 
 
 def run(models: Path, work: Path, console: Console) -> None:
@@ -32,6 +31,9 @@ def run(models: Path, work: Path, console: Console) -> None:
     text = models / "heldout.txt"
     if not names or not text.is_file():
         raise BadInput(f"--models {models}: got no model folder with heldout.txt beside it. Run from the repository.")
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     for name in names:
@@ -43,54 +45,56 @@ def _demo_model(name: str, source: Path, text: str, work: Path, console: Console
 
     ids = AutoTokenizer.from_pretrained(source)(text, return_tensors="pt", verbose=False).input_ids[0]
     prompt, ids = ids[None, :PROMPT_TOKENS], ids[:EVAL_TOKENS]
-    table = Table("weights", "format", "same tokens", "perplexity", "KL/token", "top-1", "MB", "TTFT ms", "TPOT ms")
-    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval()
-    kernels: dict[str, tuple[str, str]] = {}
-    for number, (label, group, symmetric) in enumerate(SCHEMES):
+    quality = Table("weights", "format", "same tokens", "perplexity", "KL per token", "top-1 agreement")
+    speed = Table("weights", "MB", "TTFT ms", "TPOT ms", "prefill by", "decode by")
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    for label, group, symmetric in SCHEMES:
         folders = {f: work / f"{name}-{label.replace(' ', '-')}-{f}" for f in FORMATS}
         quantize_model(source, folders[FORMATS[0]], group=group, symmetric=symmetric)
         for target in FORMATS[1:]:
             convert(folders[FORMATS[0]], folders[target], to=target)
         for target, folder in folders.items():
-            _check_tokens(folder, source, prompt)
-            model = load(str(folder), dtype=torch.bfloat16)
-            figures = compare(dense, model, ids)
-            if number == 0 and target == FORMATS[0]:
-                times = _timings(dense, prompt)
-                table.add_row("bf16", "dense", "", f"{figures.perplexity_dense:.3f}", "", "", *_cells(dense, times))
-            table.add_row(
+            # fp32 activations: no near-tie of bf16 hides a difference, and dense bf16 is slow on many CPUs
+            model = load(str(folder), dtype=torch.float32)
+            _check_tokens(model, folder, source, prompt)
+            found = compare(dense, model, ids)
+            if not quality.rows:
+                quality.add_row("bf16", "dense", "", f"{found.perplexity_dense:.3f}", "", "")
+            quality.add_row(
                 label,
                 target,
                 f"{NEW_TOKENS} of {NEW_TOKENS}",
-                f"{figures.perplexity_quantized:.3f}",
-                f"{figures.kl_per_token:.4f}",
-                f"{figures.top1_agreement:.1%}",
-                *_cells(model, _timings(model, prompt)),
+                f"{found.perplexity_quantized:.3f}",
+                f"{found.kl_per_token:.4f}",
+                f"{found.top1_agreement:.1%}",
             )
-            kernels[label] = _kernels(model, prompt)
-    table.title = f"{name}: {len(ids)} tokens of held-out text, prompt of {PROMPT_TOKENS}"
-    console.print(table)
-    for label, (prefill, decode) in kernels.items():
-        console.print(f"  {label}: prefill by {prefill}; decode by {decode}")
+        if not speed.rows:
+            original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval()
+            speed.add_row("bf16", *_speed(original, prompt), "torch", "torch")
+        model = load(str(folders[FORMATS[0]]), dtype=torch.bfloat16)
+        speed.add_row(label, *_speed(model, prompt), *_kernels(model, prompt))
+    quality.title = f"{name}: {len(ids)} tokens of held-out text"
+    speed.title = f"{name}: prompt of {PROMPT_TOKENS} tokens, bf16 activations"
+    console.print(quality)
+    console.print(speed)
 
 
-def _greedy(model: nn.Module, prompt: Tensor, tokens: int) -> Tensor:
+def _greedy(model: Any, prompt: Tensor, tokens: int) -> Tensor:
     with torch.inference_mode():
-        generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]
-        return generate(
+        out: Tensor = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=False,
-        )[0, prompt.shape[1] :]
+        )
+    return out[0, prompt.shape[1] :]
 
 
-def _check_tokens(folder: Path, source: Path, prompt: Tensor) -> None:
-    """In fp32 activations, where no near-tie hides: int4 kernels against the dense model of the dequantised weights."""
+def _check_tokens(model: nn.Module, folder: Path, source: Path, prompt: Tensor) -> None:
+    """The int4 kernels against the dense model of the dequantised weights, token for token."""
     from transformers import AutoModelForCausalLM
 
-    model = load(str(folder), dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     with open_checkpoint(folder) as checkpoint:
         fill_dense(dense, checkpoint)
@@ -116,8 +120,8 @@ def fill_dense(model: nn.Module, checkpoint: Checkpoint) -> None:
                 getattr(block, parameter).copy_(weight.dequantize(torch.float32))
 
 
-def _timings(model: Any, prompt: Tensor) -> tuple[float, float]:
-    """Medians, in ms: time to first token, and time per output token after it."""
+def _speed(model: nn.Module, prompt: Tensor) -> tuple[str, str, str]:
+    """Megabytes of all tensors, and medians of the time to the first token and of that for each one after it."""
     first, each = [], []
     for _ in range(REPEATS + 1):  # the first round warms up
         started = time.perf_counter()
@@ -126,12 +130,9 @@ def _timings(model: Any, prompt: Tensor) -> tuple[float, float]:
         _greedy(model, prompt, NEW_TOKENS)
         first.append(middle - started)
         each.append((time.perf_counter() - middle - first[-1]) / (NEW_TOKENS - 1))
-    return statistics.median(first[1:]) * 1e3, statistics.median(each[1:]) * 1e3
-
-
-def _cells(model: nn.Module, times: tuple[float, float]) -> tuple[str, str, str]:
     tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    return f"{sum(tensors.values()) / 1e6:.2f}", f"{times[0]:.1f}", f"{times[1]:.2f}"
+    ttft, tpot = statistics.median(first[1:]) * 1e3, statistics.median(each[1:]) * 1e3
+    return f"{sum(tensors.values()) / 1e6:.2f}", f"{ttft:.1f}", f"{tpot:.2f}"
 
 
 def _kernels(model: nn.Module, prompt: Tensor) -> tuple[str, str]:

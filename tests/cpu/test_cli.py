@@ -38,7 +38,7 @@ def test_convert(quantized: Path, tmp_path: Path) -> None:
 
 
 def test_generate(quantized: Path) -> None:
-    assert invoke("generate", quantized, "--prompt", "import os", "--max-new-tokens", 4).startswith("import os")
+    assert "import os" in invoke("generate", quantized, "--prompt", "import os", "--max-new-tokens", 4)
 
 
 def test_eval(quantized: Path, tmp_path: Path) -> None:
@@ -103,4 +103,4 @@ def test_demo(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(w4a16.demo, name, value)
     said = invoke("demo", "--models", tmp_path / "models", "--work", tmp_path / "work")
     assert "8 of 8" in said
-    assert "prefill by" in said
+    assert "decode by" in said

@@ -79,7 +79,7 @@ def _gemm(kind: int) -> Any:
 
 @intrinsic(prefer_literal=True)
 def _dequantize_rows(_typing, kind, args, n, k, g, shared, groups, to):
-    """TILE_N rows of W over `groups` groups of `shared` columns, from column k in group g, as fp32 [columns, TILE_N]."""
+    """TILE_N rows of W over `groups` groups of `shared` columns, from column k in group g, fp32 [columns, TILE_N]."""
     kind_ = kind.literal_value
 
     def codegen(context, b, _signature, values):

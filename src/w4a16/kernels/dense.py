@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..layouts import INT4PACK, PackedWeight, int4pack_group, int4pack_rows, unpack
+from ..layouts import INT4PACK, INT4PACK_ROWS, PackedWeight, int4pack_group, int4pack_rows, unpack
 from ..tuning.tiles import CpuTile
 from ..weight import SYMMETRIC_ZERO
 
@@ -42,17 +42,16 @@ def _block_int4pack(weight: PackedWeight, start: int, stop: int, dtype: torch.dt
     """W[start:stop]^T: in INT4PACK a block of rows lies column by column, so the transpose comes for free."""
     rows = int4pack_rows()
     half, groups = rows.shape[1], weight.k // weight.group
-    codes = (
-        weight.codes[start:].flatten()[: -(-(stop - start) // (2 * half)) * half * weight.k].view(-1, weight.k, half)
-    )
-    values = torch.empty((weight.k, len(codes), 2 * half), dtype=dtype)
-    for nibbles, places in zip((codes & 15, codes >> 4), rows, strict=True):
-        values[:, :, _as_slice(places)] = nibbles.transpose(0, 1)
+    stored = -(-(stop - start) // INT4PACK_ROWS) * INT4PACK_ROWS
+    columns = weight.codes[start : start + stored].view(-1, weight.k, half).transpose(0, 1)
+    values = torch.empty((*columns.shape[:2], 2 * half), dtype=dtype)
+    values[:, :, _as_slice(rows[0])] = columns & 15
+    values[:, :, _as_slice(rows[1])] = columns >> 4
     values = values.view(groups, weight.group, -1)[:, :, : stop - start]
     repeats = weight.group // int4pack_group(weight.group)
     scales = weight.scales[::repeats, None, start:stop, 0].to(dtype)
     zeros = SYMMETRIC_ZERO if weight.zeros is None else weight.zeros[start:stop].t()[:, None].to(dtype)
-    return values.sub_(zeros).mul_(scales).flatten(0, 1)
+    return torch.addcmul(-zeros * scales, values, scales).flatten(0, 1)
 
 
 def _as_slice(places: Tensor) -> slice:

@@ -20,7 +20,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoints import open_checkpoint
-from ..errors import Unsupported
+from ..errors import BadInput, Unsupported, explain_mismatch
 from ..problem import ACT_NAMES
 from ._layers import fill, packed_state, raise_if_missing, skip_quantized, swap
 from ._names import private
@@ -177,7 +177,12 @@ def load_model(path_or_id: str, device: torch.device | str = "cpu", **kwargs: An
     """A causal LM from a folder or a Hub id. kwargs go to `from_pretrained`; a `device_map` overrides `device`."""
     if Path(path_or_id).is_dir():
         open_checkpoint(path_or_id)  # what is wrong with it, before anything is loaded
-    config, _ = PreTrainedConfig.get_config_dict(path_or_id, **kwargs)
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(path_or_id, **kwargs)
+    except OSError as error:
+        wanted = "a folder with config.json, or a Hub id that can be reached"
+        then = f"Check the name ({str(error).splitlines()[0]})"
+        raise BadInput(explain_mismatch("model", got=path_or_id, wanted=wanted, then=then)) from error
     scheme = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
     if scheme.get("quant_method") not in FORMATS or not _serves(scheme):
         raise Unsupported(
