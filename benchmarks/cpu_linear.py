@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from w4a16 import Problem, choose, current_device, layouts, ops
+from w4a16 import Problem, current_device, layouts, ops
 from w4a16.dispatch import launcher
 from w4a16.layouts import EXLLAMA, INT4PACK, PackedWeight
+from w4a16.tuning.table import tile_for
 from w4a16.weight import QuantizedWeight, pack_nibbles
 
 Call = Callable[[Tensor, int], Tensor]
-ROUNDS, BURST = 9, 5
+ROUNDS, BURST = 7, 20
 BOUND = 4e-3  # relative RMS of a bf16 output
 
 
@@ -43,7 +44,7 @@ def forced(stem: str, weights: list[PackedWeight]) -> Call:
         weight = weights[copy]
         problem = Problem(m=x.shape[0], n=weight.n, k=weight.k, group=weight.group, has_zeros=True)
         out = x.new_empty((x.shape[0], weight.n))
-        tile = choose(problem, current_device(), weight.layout).tile
+        tile = tile_for(stem, problem, current_device())
         launcher(stem)(out=out, x=x, weight=weight, bias=None, tile=tile)
         return out
 

@@ -172,7 +172,7 @@ def explain(
     if found.choice is None:
         console.print(f"No kernel serves this on {where.arch}.")
         raise typer.Exit(1)
-    console.print(f"layout {found.choice.layout}, kernel {found.choice.row.stem}, tile {found.choice.tile}")
+    console.print(f"layout {found.choice.layout}, kernel {found.choice.row.stem}, tile {found.choice.tile or 'none'}")
 
 
 def load_with_tokenizer(model: str, device: str, dtype: str) -> tuple[Any, Any]:

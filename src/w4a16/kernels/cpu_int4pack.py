@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from ..layouts import PackedWeight, int4pack_group
-from ..tuning.tiles import CpuTile
 
 
-def cpu_int4pack(*, out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, tile: CpuTile) -> None:
+def cpu_int4pack(*, out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, tile: None) -> None:
     """out [M, N] = x [M, K] @ W^T + bias; x already permuted for act-order."""
     group = int4pack_group(weight.group)
     rows = x.to(torch.bfloat16).contiguous()

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..layouts import PackedWeight
 from ..moe.activations import ACTIVATIONS
-from ..tuning.tiles import CpuTile
 
 
 def cpu_moe(
@@ -24,7 +23,7 @@ def cpu_moe(
     gated: bool,
     weight_input: bool,
     linear: Callable[[Tensor, PackedWeight], Tensor],
-    tile: CpuTile,
+    tile: None,
 ) -> None:
     """out [T, H] = sum over slots of topk_weights * down(act(gate) * up), everything between the GEMMs in fp32.
 

@@ -22,7 +22,12 @@ def _rows(table: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def tile_for(stem: str, problem: Problem, device: Device) -> Any:
-    """The tile of kernel `stem`: a row covers a problem when m, n and k are within its m_max, n_max and k_max."""
+    """The tile of kernel `stem`, None for a kernel without one.
+
+    A row covers a problem when m, n and k are within its m_max, n_max and k_max. Raises Unsupported when none does.
+    """
+    if stem not in TILES:
+        return None
     for table in (*_FAMILY_TABLES.get(device.family, ()), "any"):
         for row in _rows(table).get(stem, []):
             if all(row.get(f"{name}_max", size) >= size for name, size in _sizes(problem)):

@@ -12,4 +12,4 @@ class CpuTile:
     block_n: int
 
 
-TILES = dict.fromkeys(("cpu_decode", "cpu_prefill", "cpu_int4pack", "cpu_moe", "dense"), CpuTile)
+TILES = dict.fromkeys(("cpu_decode", "cpu_prefill", "dense"), CpuTile)
