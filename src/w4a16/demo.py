@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,24 @@ def run(models: Path, work: Path, console: Console) -> None:
     text = models / "heldout.txt"
     if not names or not text.is_file():
         raise BadInput(f"--models {models}: got no model folder with heldout.txt beside it. Run from the repository.")
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    for name in names:
-        _demo_model(name, models / name, text.read_text(encoding="utf-8"), work, console)
+    with _no_progress_bars():
+        for name in names:
+            _demo_model(name, models / name, text.read_text(encoding="utf-8"), work, console)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _demo_model(name: str, source: Path, text: str, work: Path, console: Console) -> None:

@@ -14,7 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 import w4a16
 from models import RECIPES, Made, make_checkpoint
-from w4a16 import BadCheckpoint, Unsupported
+from w4a16 import BadCheckpoint, BadInput, Unsupported
 from w4a16.plugins import _layers, _names
 from w4a16.plugins import transformers as plugin
 
@@ -170,8 +170,7 @@ def test_a_name_that_transformers_no_longer_has(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_hub_id_that_is_not_in_the_cache(tmp_path: Path) -> None:
-    """transformers' own resolution and its own error."""
-    with pytest.raises(OSError, match="couldn't find them in the cached files"):
+    with pytest.raises(BadInput, match="got no/such-model, wanted a folder with config.json, or a Hub id"):
         w4a16.load("no/such-model", cache_dir=tmp_path, local_files_only=True)
 
 

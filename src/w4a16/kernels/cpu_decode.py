@@ -65,11 +65,14 @@ def _nibble_scale() -> Tensor:
 
 
 def _for_gemv(x: Tensor, lanes: int, run_columns: int) -> tuple[Tensor, Tensor]:
-    """x [1, K] as [K / (8 lanes), 8, lanes]: a vector for each nibble of a vector of words; its sums over the runs."""
+    """x [1, K] as [K / (8 lanes), 8, lanes]: a vector for each nibble of a vector of words; its sums over the runs.
+
+    A lane of a sum holds neighbouring columns, so that it stays in the group whose scale that lane gets.
+    """
     words = x.to(torch.float32).view(-1, lanes, 8)
     values = words.new_empty((words.shape[0], 8, lanes))
     torch.mul(words.transpose(1, 2), _nibble_scale(), out=values)
-    return values, words.view(-1, run_columns // (8 * lanes), lanes, 8).sum((1, 3))
+    return values, words.view(-1, lanes, run_columns // lanes).sum(-1)
 
 
 def _for_tiles(x: Tensor, lanes: int, tile_m: int) -> Tensor:
