@@ -11,7 +11,7 @@ from helpers import assert_close, random_weight
 from torch import Tensor
 from torch.library import opcheck
 
-from w4a16 import BadInput, PackedWeight, linear, moe, pack, record
+from w4a16 import BadInput, PackedWeight, layouts, linear, moe, pack, record
 from w4a16.ops import linear_op, moe_op
 from w4a16.reference import ACTIVATIONS, reference_linear, reference_moe
 
@@ -84,6 +84,12 @@ def test_moe(act: torch.dtype, tokens: int, asym: bool) -> None:
     x, w13, w2, weights, ids = moe_problem(act, tokens, asym=asym)
     got = moe(x, pack(w13), pack(w2), weights, ids)
     assert_close(got, reference_moe(x, w13, w2, weights, ids))
+
+
+def test_moe_without_the_extra() -> None:
+    x, w13, w2, weights, ids = moe_problem(torch.bfloat16, 40)
+    packed = [layouts.pack(weight, layout=layouts.INT4PACK) for weight in (w13, w2)]
+    assert_close(moe(x, *packed, weights, ids), reference_moe(x, w13, w2, weights, ids))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
