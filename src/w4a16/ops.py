@@ -146,13 +146,13 @@ def _moe(
 
 
 def _expert_linear(x: Tensor, weight: PackedWeight) -> Tensor:
-    """fp32 [M, N] = x [M, K] @ W^T of one expert, by the kernel that serves its row count."""
+    """fp32 [M, N] = x [M, K] @ W^T of one expert, fp32 in, by the kernel that serves its row count."""
     problem = Problem(
         m=x.shape[0],
         n=weight.n,
         k=weight.k,
         group=weight.group,
-        act=ACT_NAMES[weight.act],
+        act=ACT_NAMES[x.dtype],
         has_zeros=weight.has_zeros,
     )
     choice = choose(problem, current_device(x.device), weight.layout)
