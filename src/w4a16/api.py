@@ -11,7 +11,7 @@ from . import layouts
 from .device import current_device
 from .dispatch import layout_for
 from .errors import BadInput, explain_mismatch
-from .layouts import PackedWeight
+from .layouts import SKINNY, PackedWeight
 from .ops import linear_op, moe_op
 from .problem import ACT_NAMES, Problem
 from .weight import QuantizedWeight
@@ -29,8 +29,9 @@ def pack(
         wanted = "bfloat16, float16 or float32"
         raise BadInput(explain_mismatch("act", got=act, wanted=wanted, then="Pass the dtype of the activations."))
     problem = Problem(m=1, n=weight.n, k=weight.k, group=weight.group, act=ACT_NAMES[dtype], has_zeros=weight.has_zeros)
-    layout = layout_for(problem, current_device(device))
-    return layouts.pack(weight, layout=layout, act=dtype).to(device)
+    where = current_device(device)
+    packed = layouts.pack(weight, layout=layout_for(problem, where), act=dtype).to(device)
+    return layouts.pad_rows(packed) if packed.layout == SKINNY and where.family == "gfx11" else packed
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:

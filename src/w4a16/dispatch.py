@@ -16,7 +16,7 @@ from typing import Any
 from . import env
 from .device import Device, installed
 from .errors import Unsupported
-from .layouts import EXLLAMA, INT4PACK
+from .layouts import EXLLAMA, INT4PACK, SKINNY
 from .problem import Problem
 from .tuning.table import tile_for
 
@@ -78,7 +78,7 @@ TABLE: tuple[Row, ...] = (
     Row(
         stem="dense",
         does="dequantise a block of rows into a reused buffer, then the vendor BLAS",
-        layouts=(EXLLAMA, INT4PACK),
+        layouts=(EXLLAMA, SKINNY, INT4PACK),
     ),
     Row(
         stem="cpu_moe",

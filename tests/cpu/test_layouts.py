@@ -7,7 +7,8 @@ import torch
 from helpers import random_weight
 
 from w4a16 import Unsupported, layouts, pack, unpack
-from w4a16.layouts import EXLLAMA, EXLLAMA_ORDER, INT4PACK
+from w4a16.layouts import EXLLAMA, EXLLAMA_ORDER, INT4PACK, SKINNY, pad_rows
+from w4a16.layouts.exllama import codes_stride_bytes, scales_stride_bytes
 from w4a16.weight import QuantizedWeight, unpack_nibbles
 
 
@@ -19,7 +20,7 @@ def assert_same(got: QuantizedWeight, wanted: QuantizedWeight) -> None:
         assert a is None or torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("layout", [EXLLAMA, INT4PACK])
+@pytest.mark.parametrize("layout", [EXLLAMA, SKINNY, INT4PACK])
 @pytest.mark.parametrize(("n", "k", "group"), [(1, 32, 32), (16, 64, 32), (72, 256, 128), (40, 512, 512)])
 @pytest.mark.parametrize("asym", [False, True])
 @pytest.mark.parametrize("experts", [0, 3])
@@ -68,3 +69,31 @@ def test_packing_does_not_touch_its_input() -> None:
 def test_an_unknown_layout_is_refused() -> None:
     with pytest.raises(Unsupported, match="SPIRAL"):
         layouts.pack(random_weight(8, 32, group=32), layout="SPIRAL")
+
+
+def test_skinny_zeros_are_nibbles_along_n() -> None:
+    weight = random_weight(20, 64, group=32, asym=True)
+    zeros = layouts.pack(weight, layout=SKINNY).zeros
+    assert zeros is not None
+    assert zeros.shape == (3, 2)
+    for n in range(20):
+        assert torch.equal((zeros[n // 8] >> (4 * (n % 8))) & 15, weight.zeros[n].int())  # type: ignore[index]
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+def test_padded_rows_hold_the_same_weight(experts: int) -> None:
+    weight = random_weight(16, 8192, group=32, asym=True, experts=experts)
+    padded = pad_rows(layouts.pack(weight, layout=SKINNY))
+    assert padded.zeros is not None
+    assert [t.stride(-2) * t.element_size() for t in (padded.codes, padded.scales, padded.zeros)] == [4352, 640, 1152]
+    assert_same(unpack(padded), weight)
+
+
+@pytest.mark.parametrize("row", range(16, 8192, 16))
+def test_gfx11_strides_stay_off_the_cliff(row: int) -> None:
+    codes, scales = codes_stride_bytes(row), scales_stride_bytes(row)
+    assert codes >= row
+    assert codes % 128 == 0
+    assert codes % 512
+    assert scales >= row
+    assert scales % 512

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..layouts import INT4PACK, INT4PACK_ROWS, PackedWeight, int4pack_group, int4pack_rows, unpack
+from ..layouts import INT4PACK, INT4PACK_ROWS, SKINNY, PackedWeight, int4pack_group, int4pack_rows, unpack
 from ..tuning.tiles import CpuTile
 from ..weight import SYMMETRIC_ZERO
 
@@ -28,13 +28,11 @@ def dense(*, out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, 
 
 def _block(weight: PackedWeight, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """W[start:stop]^T of a layout whose rows are rows."""
-    part = replace(
-        weight,
-        codes=weight.codes[start:stop],
-        scales=weight.scales[start:stop],
-        zeros=None if weight.zeros is None else weight.zeros[start:stop],
-        perm=None,
-    )
+    zeros = weight.zeros
+    if zeros is not None:
+        zeros = zeros[start // 8 : -(-stop // 8)] if weight.layout == SKINNY else zeros[start:stop]
+    codes, scales = weight.codes[start:stop], weight.scales[start:stop]
+    part = replace(weight, n=stop - start, codes=codes, scales=scales, zeros=zeros, perm=None)
     return unpack(part).dequantize(dtype).t()
 
 
