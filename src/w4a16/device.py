@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -117,3 +118,37 @@ def current_device(device: torch.device | str = "cpu") -> Device:
 def this_machine() -> Device:
     """The Device that a model would be put on here: the GPU if there is one, else the CPU."""
     return current_device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize() -> None:
+    """Waits for all work on the current GPU."""
+    torch.cuda.synchronize()
+
+
+class Stopwatch:
+    """Seconds of GPU time between `start` and `stop` on the current stream."""
+
+    def __init__(self) -> None:
+        self._start, self._stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def start(self) -> None:
+        self._start.record()
+
+    def stop(self) -> float:
+        self._stop.record()
+        self._stop.synchronize()
+        return float(self._start.elapsed_time(self._stop)) * 1e-3
+
+
+class Graph:
+    """A captured CUDA graph of `work`, which has run once before, uncaptured."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        work()
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            work()
+
+    def replay(self) -> None:
+        self._graph.replay()

@@ -1,0 +1,1 @@
+"""Speed: providers x shapes x row counts, checked first, timed side by side."""

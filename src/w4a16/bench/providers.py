@@ -1,0 +1,144 @@
+"""What is timed: w4a16, each of its kernels by stem, the vendor BLAS on dense weights, and other libraries' kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import layouts
+from ..api import linear, pack
+from ..device import Device, current_device, installed
+from ..dispatch import TABLE, Row, launcher, layout_for
+from ..errors import BadInput, explain_mismatch
+from ..layouts import PackedWeight
+from ..problem import ACT_NAMES, Problem
+from ..tuning.table import tile_for
+from ..weight import SYMMETRIC_ZERO, QuantizedWeight, unpack_nibbles
+
+Multiply = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """prepare(weight, act) packs one copy and gives x -> y; unsupported(problem, device) is a sentence or None."""
+
+    name: str
+    prepare: Callable[[QuantizedWeight, torch.dtype], Multiply]
+    unsupported: Callable[[Problem, Device], str | None]
+    dense: bool = False
+
+
+def _w4a16(weight: QuantizedWeight, act: torch.dtype) -> Multiply:
+    packed = pack(weight, device=weight.codes.device, act=act)
+    return lambda x: linear(x, packed)
+
+
+def _dense(weight: QuantizedWeight, act: torch.dtype) -> Multiply:
+    values = weight.dequantize(act).t()
+    return lambda x: torch.mm(x, values)
+
+
+def _tinygemm(weight: QuantizedWeight, act: torch.dtype) -> Multiply:
+    """torch's `_weight_int4pack_mm`: w = (q - 8) * scale + shift, 16 columns of K a tile."""
+    codes = unpack_nibbles(weight.codes)
+    packed = torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4) | codes[:, 1::2], 8)
+    scales = weight.scales.to(act)
+    zeros = SYMMETRIC_ZERO if weight.zeros is None else weight.zeros.to(act)
+    both = torch.stack([scales, (8 - zeros) * scales], dim=-1).transpose(0, 1).contiguous()
+    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, weight.group, both)
+
+
+def _tinygemm_unsupported(problem: Problem, device: Device) -> str | None:
+    if not device.arch.startswith("sm"):
+        return f"runs on NVIDIA GPUs, not on {device.arch}"
+    if problem.act != "bf16":
+        return f"activations must be bf16, not {problem.act}"
+    if problem.group not in (32, 64, 128, 256):
+        return f"group must be 32, 64, 128 or 256, not {problem.group}"
+    if problem.k % 1024 or problem.n % 8:
+        return f"K must be a multiple of 1024 and N of 8, not {problem.k} and {problem.n}"
+    return None
+
+
+def _gemlite(weight: QuantizedWeight, act: torch.dtype) -> Multiply:
+    import gemlite
+
+    kind = gemlite.DType.BF16 if act == torch.bfloat16 else gemlite.DType.FP16
+    n, k = weight.n, weight.k
+    layer = gemlite.GemLiteLinear(
+        4, group_size=weight.group, in_features=k, out_features=n, input_dtype=kind, output_dtype=kind
+    )
+    zeros = torch.full_like(weight.scales, SYMMETRIC_ZERO) if weight.zeros is None else weight.zeros.to(act)
+    layer.pack(unpack_nibbles(weight.codes), weight.scales.to(act), zeros, None)
+    return lambda x: layer(x)
+
+
+def _needs(module: str) -> Callable[[Problem, Device], str | None]:
+    def unsupported(problem: Problem, device: Device) -> str | None:
+        if not installed(module):
+            return f"{module} is not installed"
+        return None if device.arch.startswith("sm") else f"runs on NVIDIA GPUs, not on {device.arch}"
+
+    return unsupported
+
+
+def _kernel(row: Row) -> Provider:
+    """One of our kernels whatever dispatch would choose."""
+
+    def prepare(weight: QuantizedWeight, act: torch.dtype) -> Multiply:
+        where = current_device(weight.codes.device)
+        packed = _packed_for(row, weight, act, where)
+
+        def multiply(x: Tensor) -> Tensor:
+            out = x.new_empty((x.shape[0], packed.n))
+            problem = problem_of(weight, x)
+            tile = tile_for(row.stem, problem, where)
+            launcher(row.stem)(out=out, x=x, weight=packed, bias=None, tile=tile)
+            return out
+
+        return multiply
+
+    return Provider(name=row.stem, prepare=prepare, unsupported=row.unsupported)
+
+
+def _packed_for(row: Row, weight: QuantizedWeight, act: torch.dtype, where: Device) -> PackedWeight:
+    device = weight.codes.device
+    problem = Problem(m=1, n=weight.n, k=weight.k, group=weight.group, act=ACT_NAMES[act], has_zeros=weight.has_zeros)
+    if layout_for(problem, where) in row.layouts:
+        return pack(weight, device=device, act=act)
+    return layouts.pack(weight, layout=row.layouts[0], act=act)
+
+
+def problem_of(weight: QuantizedWeight, x: Tensor) -> Problem:
+    return Problem(
+        m=x.shape[0],
+        n=weight.n,
+        k=weight.k,
+        group=weight.group,
+        act=ACT_NAMES[x.dtype],
+        has_zeros=weight.has_zeros,
+    )
+
+
+PROVIDERS: dict[str, Provider] = {
+    provider.name: provider
+    for provider in (
+        Provider(name="w4a16", prepare=_w4a16, unsupported=lambda problem, device: None),
+        Provider(name="cublas", prepare=_dense, unsupported=lambda problem, device: None, dense=True),
+        Provider(name="tinygemm", prepare=_tinygemm, unsupported=_tinygemm_unsupported),
+        Provider(name="gemlite", prepare=_gemlite, unsupported=_needs("gemlite")),
+        *(_kernel(row) for row in TABLE if row.op == "linear"),
+    )
+}
+
+
+def providers_of(names: str) -> tuple[Provider, ...]:
+    """Providers from a comma-separated list. Raises BadInput that lists them all when a name is none of them."""
+    wanted = ", ".join(PROVIDERS)
+    for name in names.split(","):
+        if name not in PROVIDERS:
+            raise BadInput(explain_mismatch("providers", got=name, wanted=wanted, then="Name some of these."))
+    return tuple(PROVIDERS[name] for name in names.split(","))
