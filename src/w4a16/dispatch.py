@@ -13,11 +13,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from . import env
-from .device import Device, installed
+from .device import Device, current_device, installed
 from .errors import Unsupported
 from .layouts import EXLLAMA, INT4PACK, SKINNY
-from .problem import Problem
+from .problem import ACT_NAMES, Problem
 from .tuning.table import tile_for
 
 
@@ -185,6 +187,26 @@ def launcher(stem: str) -> Callable[..., None]:
     module = importlib.import_module(f".kernels.{stem}", __package__)
     found: Callable[..., None] = getattr(module, stem)
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What one call needs of dispatch: who serves it, with which tile."""
+
+    problem: Problem
+    stem: str
+    launch: Callable[..., None]
+    tile: Any
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def serve_linear(
+    where: torch.device, layout: str, m: int, n: int, k: int, group: int, act: torch.dtype, has_zeros: bool
+) -> Served:
+    """`choose` from a call's bare facts, remembered by them: one lookup on the path of every call."""
+    problem = Problem(m=m, n=n, k=k, group=group, act=ACT_NAMES[act], has_zeros=has_zeros)
+    choice = choose(problem, current_device(where), layout)
+    return Served(problem=problem, stem=choice.row.stem, launch=launcher(choice.row.stem), tile=choice.tile)
 
 
 _record: ContextVar[list[tuple[str, Problem]] | None] = ContextVar("w4a16_record", default=None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .device import current_device
-from .dispatch import choose, launcher, note
+from .dispatch import choose, launcher, note, serve_linear
 from .errors import BadInput, explain_mismatch
 from .layouts import PackedWeight
 from .moe.activations import ACTIVATIONS
@@ -74,10 +74,9 @@ def _linear(
     elif rows.stride(1) != 1:
         rows = rows.contiguous()
     weight = PackedWeight(layout=layout, codes=codes, scales=scales, zeros=zeros, perm=perm, n=n, k=k, group=group)
-    problem = Problem(m=m, n=n, k=k, group=group, act=ACT_NAMES[x.dtype], has_zeros=zeros is not None)
-    choice = choose(problem, current_device(x.device), layout)
-    note(choice.row.stem, problem)
-    launcher(choice.row.stem)(out=out.view(m, n), x=rows, weight=weight, bias=bias, tile=choice.tile)
+    served = serve_linear(x.device, layout, m, n, k, group, x.dtype, zeros is not None)
+    note(served.stem, served.problem)
+    served.launch(out=out.view(m, n), x=rows, weight=weight, bias=bias, tile=served.tile)
     return out
 
 
@@ -147,18 +146,11 @@ def _moe(
 
 def _expert_linear(x: Tensor, weight: PackedWeight) -> Tensor:
     """fp32 [M, N] = x [M, K] @ W^T of one expert, fp32 in, by the kernel that serves its row count."""
-    problem = Problem(
-        m=x.shape[0],
-        n=weight.n,
-        k=weight.k,
-        group=weight.group,
-        act=ACT_NAMES[x.dtype],
-        has_zeros=weight.has_zeros,
-    )
-    choice = choose(problem, current_device(x.device), weight.layout)
-    out = x.new_empty((problem.m, problem.n), dtype=torch.float32)
-    rows = x if weight.perm is None else x.index_select(1, weight.perm)
-    launcher(choice.row.stem)(out=out, x=rows, weight=weight, bias=None, tile=choice.tile)
+    m, w = x.shape[0], weight
+    served = serve_linear(x.device, w.layout, m, w.n, w.k, w.group, x.dtype, w.has_zeros)
+    out = x.new_empty((m, w.n), dtype=torch.float32)
+    rows = x if w.perm is None else x.index_select(1, w.perm)
+    served.launch(out=out, x=rows, weight=w, bias=None, tile=served.tile)
     return out
 
 
