@@ -16,6 +16,7 @@ from ..device import Graph, Stopwatch, synchronize
 
 Call = Callable[[int], object]
 ROTATE_BYTES = 256 << 20  # of weights in turn: several times any last cache here
+GRAPH_S = 2e-3
 LONGEST_BURST_S = 20e-3
 
 
@@ -74,9 +75,9 @@ def _burst_on_gpu(call: Call, copies: int) -> Callable[[], float]:
     watch.start()
     call(1 % copies)
     once = watch.stop()
-    # Copies beyond what a burst needs would only lengthen it: at large M a call itself sweeps the cache.
-    length = max(2, min(copies, int(LONGEST_BURST_S / once)))
-    graph = Graph(lambda: [call(copy) for copy in range(length)])
+    # Long enough that the graph's own launch does not count, no longer than a round may take.
+    length = max(2, min(max(copies, int(GRAPH_S / once)), int(LONGEST_BURST_S / once)))
+    graph = Graph(lambda: [call(step % copies) for step in range(length)])
 
     def burst() -> float:
         watch.start()
