@@ -175,6 +175,16 @@ def explain(
     console.print(f"layout {found.choice.layout}, kernel {found.choice.row.stem}, tile {found.choice.tile or 'none'}")
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    help="Time kernels and their peers, after checking them; `w4a16 bench --help` lists the options.",
+)
+def bench(context: typer.Context) -> None:
+    from .bench.command import main as run_bench
+
+    raise typer.Exit(run_bench(context.args))
+
+
 def load_with_tokenizer(model: str, device: str, dtype: str) -> tuple[Any, Any]:
     """The quantised model and its tokenizer."""
     from transformers import AutoTokenizer
