@@ -3,6 +3,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PIP := $(PY) -m pip --disable-pip-version-check
+# The oldest and the newest supported Triton: kernels are compiled with both, side by side with the one in .venv.
+TRITONS := 3.6.0 3.9.0
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -18,8 +20,13 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(VENV)/bin/w4a16 demo
 
-test: $(READY)
+.triton/%/.ready: | $(READY)
+	$(PIP) install --quiet --no-deps --upgrade --target $(@D) triton==$*
+	@touch $@
+
+test: $(READY) $(TRITONS:%=.triton/%/.ready)
 	$(PY) -m pytest --numprocesses 2 tests/cpu
+	$(PY) -m pytest --numprocesses 2 tests/interpret
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -22,14 +22,15 @@ from .packed import PackedWeight
 EXLLAMA = "EXLLAMA"
 SKINNY = "SKINNY"
 EXLLAMA_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-BLOCK_WORDS = 1 << 16  # words worked on at a time: temporaries that stay in a cache
+BLOCK_WORDS = 1 << 16  # words worked on at a time: temporaries that stay in a CPU's cache
+GPU_BLOCK_WORDS = 1 << 24  # and on a GPU, where launches count
 
 
 def reorder_words(words: Tensor, order: tuple[int, ...]) -> Tensor:
     """Words of sequential nibbles to words whose nibble i holds value order[i]; int32 in, int32 out, same shape."""
     out = torch.empty(words.shape, dtype=torch.int32, device=words.device)
     flat, into = words.reshape(-1, words.shape[-1]), out.view(-1, words.shape[-1])
-    step = max(1, BLOCK_WORDS // words.shape[-1])
+    step = max(1, (BLOCK_WORDS if words.device.type == "cpu" else GPU_BLOCK_WORDS) // words.shape[-1])
     for start in range(0, len(flat), step):
         block, target = flat[start : start + step], into[start : start + step].zero_()
         for nibble, index in enumerate(order):
