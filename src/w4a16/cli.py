@@ -185,6 +185,16 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(run_bench(context.args))
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    help="The speed gate: `w4a16 golden check` or `update`; `w4a16 golden --help` lists the options.",
+)
+def golden(context: typer.Context) -> None:
+    from .bench.gate import main as run_gate
+
+    raise typer.Exit(run_gate(context.args))
+
+
 def load_with_tokenizer(model: str, device: str, dtype: str) -> tuple[Any, Any]:
     """The quantised model and its tokenizer."""
     from transformers import AutoTokenizer

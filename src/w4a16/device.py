@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Callable
@@ -118,6 +119,22 @@ def current_device(device: torch.device | str = "cpu") -> Device:
 def this_machine() -> Device:
     """The Device that a model would be put on here: the GPU if there is one, else the CPU."""
     return current_device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def product_name() -> str:
+    """This machine's GPU as one word, such as `h100` or `rx7900xtx`; `cpu` without one."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    makers = {"nvidia", "amd", "ati", "geforce", "radeon", "instinct", "tesla", "graphics"}
+    words = [word for word in re.split(r"[\s-]+", torch.cuda.get_device_name().lower()) if word not in makers]
+    return words[0] if re.search(r"\d", words[0]) else "".join(words)
+
+
+def session_facts() -> str:
+    """The GPU, its driver, and the versions that made its code: what a measurement has to name."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    toolkit = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    return f"{gpu}, {toolkit}, torch {torch.__version__}, Triton {importlib.metadata.version('triton')}"
 
 
 def synchronize() -> None:

@@ -17,6 +17,10 @@ class BadCheckpoint(W4A16Error):
     """A checkpoint is damaged, incomplete or says something w4a16 cannot read; names the file and the tensor."""
 
 
+class NoGolden(W4A16Error):
+    """There are no golden numbers to compare with, or they contradict each other."""
+
+
 def explain_mismatch(what: str, *, got: object, wanted: object, then: str) -> str:
     """One message in the house form: what, got, wanted, next."""
     return f"{what}: got {got}, wanted {wanted}. {then}"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ..device import current_device, this_machine
-from ..errors import W4A16Error
+from ..errors import BadInput, W4A16Error, explain_mismatch
+from ..problem import ACT_DTYPES
 from .cases import BATCHES, MODELS, shapes_of
 from .providers import PROVIDERS, providers_of
 from .report import as_csv, as_json, as_markdown, compact, write_png
@@ -24,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--providers", default="w4a16,cublas,tinygemm,gemlite", help=f"comma-separated: {', '.join(PROVIDERS)}"
     )
-    p.add_argument("--act", default="bf16", choices=("bf16", "fp16", "fp32"))
-    p.add_argument("--asym", action="store_true", help="with zero points")
+    p.add_argument("--act", default="bf16", help="activation dtypes, comma-separated: bf16, fp16, fp32")
+    p.add_argument("--zeros", default="sym", help="sym, asym or both, comma-separated")
     p.add_argument("--device", default=this_machine().type, help="cpu, cuda, cuda:1 ...")
     p.add_argument("--rounds", type=int, default=15, help="how often each point is timed")
     for name in ("csv", "json", "markdown", "png"):
@@ -43,30 +45,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def names_of(given: str, known: Collection[str]) -> list[str]:
+    """The comma-separated names. Raises BadInput when one is not known."""
+    for name in given.split(","):
+        if name not in known:
+            raise BadInput(explain_mismatch("option", got=name, wanted=", ".join(known), then="Correct it."))
+    return given.split(",")
+
+
 def _bench(options: argparse.Namespace) -> None:
     shapes = shapes_of(options.shapes)
     if options.group is not None:
         shapes = tuple(replace(s, group=s.k if options.group == -1 else options.group) for s in shapes)
     batches = tuple(int(m) for m in options.batches.split(","))
     device = current_device(options.device)
-    points = run(
-        shapes,
-        batches,
-        providers_of(options.providers),
-        act=options.act,
-        has_zeros=options.asym,
-        device=options.device,
-        rounds=options.rounds,
-    )
+    providers = providers_of(options.providers)
     results: list[Result] = []
     refusals: list[Refusal] = []
-    for point in points:
-        if isinstance(point, Result):
-            results.append(point)
-        else:
-            refusals.append(point)
-    print(f"{device.model}, {options.act}, {'asymmetric' if options.asym else 'symmetric'}; microseconds")
-    print(compact(results))
+    for act, zeros in itertools.product(names_of(options.act, ACT_DTYPES), names_of(options.zeros, ("sym", "asym"))):
+        before = len(results)
+        asym = zeros == "asym"
+        for point in run(
+            shapes, batches, providers, act=act, has_zeros=asym, device=options.device, rounds=options.rounds
+        ):
+            if isinstance(point, Result):
+                results.append(point)
+            else:
+                refusals.append(point)
+        print(f"{device.model}, {act}, {zeros}; microseconds")
+        print(compact(results[before:]), flush=True)
     for provider, why in dict.fromkeys((r.provider, r.sentence) for r in refusals):
         print(f"not timed: {provider} ({why})")
     writers = {"csv": as_csv(results), "json": as_json(results, refusals), "markdown": as_markdown(results)}
