@@ -195,6 +195,16 @@ def golden(context: typer.Context) -> None:
     raise typer.Exit(run_gate(context.args))
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    help="Time tiles of one kernel here and print the best; `w4a16 tune --help` lists the options.",
+)
+def tune(context: typer.Context) -> None:
+    from .tuning.search import main as run_search
+
+    raise typer.Exit(run_search(context.args))
+
+
 def load_with_tokenizer(model: str, device: str, dtype: str) -> tuple[Any, Any]:
     """The quantised model and its tokenizer."""
     from transformers import AutoTokenizer

@@ -21,6 +21,9 @@ from .errors import Unsupported
 from .layouts import EXLLAMA, INT4PACK, SKINNY
 from .problem import ACT_NAMES, Problem
 from .tuning.table import tile_for
+from .tuning.tiles import why_illegal
+
+_EXTRAS = {"numba": "'w4a16[cpu]'"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ class Row:
         if self.act is not None and problem.act not in self.act:
             return f"activations must be {' or '.join(self.act)}, not {problem.act}"
         if self.needs is not None and not installed(self.needs):
-            return f"needs the package {self.needs}: pip install 'w4a16[cpu]'"
+            return f"needs the package {self.needs}: pip install {_EXTRAS.get(self.needs, self.needs)}"
         if layout is not None and layout not in self.layouts:
             return f"reads layout {' or '.join(self.layouts)}; this weight is packed as {layout}"
         if problem.m < low or (high is not None and problem.m > high):
@@ -58,6 +61,13 @@ class Row:
 def _int4pack_group(problem: Problem, device: Device) -> str | None:
     return None if problem.group % 32 == 0 else f"group must be a multiple of 32, not {problem.group}"
 
+
+def _whole_blocks(problem: Problem, device: Device) -> str | None:
+    return None if problem.group % 16 == 0 else f"group must be a multiple of 16, not {problem.group}"
+
+
+GPUS = ("gfx", "sm")
+HALVES = ("bf16", "fp16")
 
 TABLE: tuple[Row, ...] = (
     Row(
@@ -78,6 +88,15 @@ TABLE: tuple[Row, ...] = (
         also=_int4pack_group,
     ),
     Row(
+        stem="triton_prefill",
+        does="matrix units fed by codes dequantised tile by tile",
+        layouts=(SKINNY,),
+        arch=GPUS,
+        act=HALVES,
+        needs="triton",
+        also=_whole_blocks,
+    ),
+    Row(
         stem="dense",
         does="dequantise a block of rows into a reused buffer, then the vendor BLAS",
         layouts=(EXLLAMA, SKINNY, INT4PACK),
@@ -88,6 +107,16 @@ TABLE: tuple[Row, ...] = (
         op="moe",
         layouts=(EXLLAMA, INT4PACK),
         arch=("cpu",),
+    ),
+    Row(
+        stem="triton_moe",
+        does="two GEMMs over blocks of routed rows, then the sum over each token",
+        op="moe",
+        layouts=(SKINNY,),
+        arch=GPUS,
+        act=HALVES,
+        needs="triton",
+        also=_whole_blocks,
     ),
 )
 
@@ -119,8 +148,17 @@ def choose(problem: Problem, device: Device, layout: str | None = None) -> Choic
     packed = layout or layout_for(problem, device)
     for row in TABLE:
         if _sentence(row, problem, device, packed) is None:
-            return Choice(row=row, tile=tile_for(row.stem, problem, device), layout=packed)
+            return Choice(row=row, tile=_legal_tile(row.stem, problem, device), layout=packed)
     raise Unsupported(_refusal(problem, device, packed))
+
+
+def _legal_tile(stem: str, problem: Problem, device: Device) -> Any:
+    """The tile of a tuning row; Unsupported when the hardware could not run it."""
+    tile = tile_for(stem, problem, device)
+    why = None if tile is None else why_illegal(stem, tile, problem, device)
+    if why:
+        raise Unsupported(f"{stem} {tile} on {device.arch}: {why}. Correct the tuning row.")
+    return tile
 
 
 def _sentence(row: Row, problem: Problem, device: Device, layout: str | None) -> str | None:

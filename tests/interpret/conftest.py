@@ -1,4 +1,4 @@
-"""Triton's kernels on the CPU, in its interpreter: a process of its own, as the mode is fixed when a kernel is defined."""
+"""Triton kernels on the CPU, in its interpreter: a process of its own, as a kernel keeps the mode it is defined in."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Launch:
     grid       programs along x, y, z
     args       run-time arguments by name in the order of the signature: tensors, integers, floats, tensor descriptors
     constants  constexpr arguments by name, in the order of the signature, after all others
-    options    num_warps, num_stages and the like
+    options    num_warps, num_stages and the like; `compile_options` adds what every kernel here is compiled with
     Tensors may lie on the CPU or be meta: then the launch cannot run here, but it can be compiled or emulated.
     """
 
@@ -29,6 +29,11 @@ class Launch:
     args: dict[str, Any]
     constants: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def compile_options(self) -> dict[str, Any]:
+        """FMA contraction is pinned, as Triton's default for it changes with 3.10."""
+        return {"enable_fp_fusion": True, **self.options}
 
     def run(self) -> None:
         """Launches it on the device of its tensors (or in Triton's interpreter).
@@ -42,7 +47,7 @@ class Launch:
         if kernel is not None:
             kernel[(*grid, 1, 1)[:3]](*args, *self.constants.values())
             return
-        kernel = self.fn[grid](*args, **self.constants, **self.options)
+        kernel = self.fn[grid](*args, **self.constants, **self.compile_options)
         if kernel is not None:  # the interpreter compiles nothing
             assert [*self.args, *self.constants] == self.fn.arg_names
             _compiled[key] = kernel

@@ -1,9 +1,25 @@
-"""Reads a device's tuning rows; the first that covers the problem wins. A missing table is an error, not a guess."""
+"""Reads a device's tuning rows; the first that covers the problem wins. A missing row is an error, not a guess.
+
+A device's rows are those of its own table (gfx1151.toml), then its family's (gfx11.toml), then `any`. One row:
+
+    [[triton_prefill]]
+    m_max = 1024                      # conditions, all of which must hold; none: it covers everything
+    tile = { block_m = 64, ... }      # the fields of the kernel's tile type
+    why = "..."                       # the reason, and where the row comes from
+    measured = "..."                  # date and place of the measurement, or "not measured yet"
+
+    use = false                       # kept to be compared: production never takes it
+
+Conditions: m_min m_max n_min n_max k_min k_max group_min group_max (inclusive), group, k_multiple_of,
+k_per_n_min (K >= v N), n_per_k_min (N >= v K), n_above_k (N > K), act, has_zeros, arch (a list), nk (a list of [N, K]).
+"""
 
 from __future__ import annotations
 
 import functools
 import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -12,28 +28,85 @@ from ..errors import Unsupported
 from ..problem import Problem
 from .tiles import TILES
 
-# Devices without a table of their own use that of their family; "any" holds rows that suit every device.
-_FAMILY_TABLES = {"cpu": ("cpu",)}
+_CONDITIONS: dict[str, Callable[[Any, Problem, Device], bool]] = {
+    "m_min": lambda v, p, d: p.m >= v,
+    "m_max": lambda v, p, d: p.m <= v,
+    "n_min": lambda v, p, d: p.n >= v,
+    "n_max": lambda v, p, d: p.n <= v,
+    "k_min": lambda v, p, d: p.k >= v,
+    "k_max": lambda v, p, d: p.k <= v,
+    "group_min": lambda v, p, d: p.group >= v,
+    "group_max": lambda v, p, d: p.group <= v,
+    "group": lambda v, p, d: p.group == v,
+    "k_multiple_of": lambda v, p, d: p.k % v == 0,
+    "k_per_n_min": lambda v, p, d: p.k >= v * p.n,
+    "n_per_k_min": lambda v, p, d: p.n >= v * p.k,
+    "n_above_k": lambda v, p, d: (p.n > p.k) == v,
+    "act": lambda v, p, d: p.act == v,
+    "has_zeros": lambda v, p, d: p.has_zeros == v,
+    "arch": lambda v, p, d: d.arch in v,
+    "nk": lambda v, p, d: [p.n, p.k] in v,
+}
+_REST = ("tile", "why", "measured", "use")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningRow:
+    """One row, and the table and place in it that it was read from (the first is 1)."""
+
+    stem: str
+    table: str
+    place: int
+    tile: Any
+    why: str
+    measured: str
+    use: bool = True
+    conditions: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def covers(self, problem: Problem, device: Device) -> bool:
+        return self.use and all(_CONDITIONS[name](v, problem, device) for name, v in self.conditions.items())
 
 
 @functools.cache
-def _rows(table: str) -> dict[str, list[dict[str, Any]]]:
-    return tomllib.loads(resources.files(__package__).joinpath(f"{table}.toml").read_text())
+def rows_of(table: str) -> tuple[TuningRow, ...]:
+    """Every row of one table in its order, those for comparison included; empty when there is no such table."""
+    source = resources.files(__package__).joinpath(f"{table}.toml")
+    if not source.is_file():
+        return ()
+    parsed = tomllib.loads(source.read_text())
+    return tuple(
+        TuningRow(
+            stem=stem,
+            table=table,
+            place=place,
+            tile=TILES[stem](**row["tile"]),
+            why=row["why"],
+            measured=row["measured"],
+            use=row.get("use", True),
+            conditions={name: value for name, value in row.items() if name not in _REST},
+        )
+        for stem, rows in parsed.items()
+        for place, row in enumerate(rows, 1)
+    )
+
+
+def device_rows(stem: str, device: Device) -> Iterator[TuningRow]:
+    """The rows of kernel `stem` that a device reads, in the order it reads them."""
+    for table in dict.fromkeys((device.arch, device.family, "any")):
+        yield from (row for row in rows_of(table) if row.stem == stem)
+
+
+def row_for(stem: str, problem: Problem, device: Device) -> TuningRow:
+    """The row that gives kernel `stem` its tile. Raises Unsupported when none covers the problem."""
+    for row in device_rows(stem, device):
+        if row.covers(problem, device):
+            return row
+    raise Unsupported(
+        f"no tuning row of {stem} covers m={problem.m} n={problem.n} k={problem.k} group={problem.group} on "
+        f"{device.arch}. Add one to tuning/{device.arch}.toml or tuning/{device.family}.toml."
+    )
 
 
 def tile_for(stem: str, problem: Problem, device: Device) -> Any:
-    """The tile of kernel `stem`, None for a kernel without one.
-
-    A row covers a problem when m, n and k are within its m_max, n_max and k_max. Raises Unsupported when none does.
-    """
-    if stem not in TILES:
-        return None
-    for table in (*_FAMILY_TABLES.get(device.family, ()), "any"):
-        for row in _rows(table).get(stem, []):
-            if all(row.get(f"{name}_max", size) >= size for name, size in _sizes(problem)):
-                return TILES[stem](**row["tile"])
-    raise Unsupported(f"no tuning row of {stem} covers m={problem.m} n={problem.n} k={problem.k} on {device.arch}.")
-
-
-def _sizes(problem: Problem) -> tuple[tuple[str, int], ...]:
-    return (("m", problem.m), ("n", problem.n), ("k", problem.k))
+    """The tile of kernel `stem`, None for a kernel without one. Raises Unsupported when no row covers the problem."""
+    return row_for(stem, problem, device).tile if stem in TILES else None

@@ -1,8 +1,24 @@
-"""Tile types, one per kernel family: the numbers a tuning row gives a kernel."""
+"""Tile types, one per kernel family: the numbers a tuning row gives a kernel; and the only list of hardware limits."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from ..device import Device
+from ..problem import Problem
+
+# Forms of dequantisation and the activation dtypes each serves; kernels/_dequant.py says what they compute.
+DEQUANTS = {
+    "float_subtract": ("bf16", "fp16"),
+    "int_subtract": ("bf16", "fp16"),
+    "int_truncate": ("bf16",),
+    "magic": ("bf16", "fp16"),
+    "carrier": ("fp16",),
+    "group_scale": ("bf16", "fp16"),
+    "group_sum": ("bf16", "fp16"),
+}
+SMALLEST_BLOCK = 16  # of one matrix instruction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,4 +28,118 @@ class CpuTile:
     block_n: int
 
 
-TILES = dict.fromkeys(("cpu_decode", "cpu_prefill", "dense"), CpuTile)
+@dataclass(frozen=True, kw_only=True)
+class PrefillTile:
+    """One program computes [block_m, block_n] of the output, block_k columns of K at a time (at most a group of them).
+
+    unroll_k      K tiles in one trip of the loop; fewer where that does not divide their number
+    dequant       one of DEQUANTS
+    weight_first  computes W @ x^T, so that W is the operand wgmma takes from registers
+    pinned        AMD GPUs: unpacks codes on their way into LDS, never again on the way out (magic and group forms)
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int = 1
+    unroll_k: int = 1
+    dequant: str = "int_subtract"
+    weight_first: bool = False
+    pinned: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeTile:
+    """block_n rows of W, block_k columns of K a step, K split over split_k programs."""
+
+    block_n: int
+    block_k: int
+    split_k: int = 1
+    warps: int = 4
+    stages: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeTile:
+    """As PrefillTile; block_m is also what routing pads each expert's tokens to; group_m blocks of M share W."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int = 1
+    warps: int = 4
+    stages: int = 1
+    dequant: str = "group_scale"
+
+
+TILES: dict[str, type[Any]] = {
+    "cpu_decode": CpuTile,
+    "cpu_prefill": CpuTile,
+    "dense": CpuTile,
+    "triton_prefill": PrefillTile,
+    "triton_decode": DecodeTile,
+    "triton_moe": MoeTile,
+}
+
+
+def capped_block_k(block_k: int, group: int) -> int:
+    """The columns of K a step really takes: the largest power of two in both `block_k` and a group."""
+    return min(block_k, group & -group)
+
+
+_ON_SUM = ("group_scale", "group_sum")  # forms that keep a second fp32 accumulator
+# Most accumulator registers a lane may have, with one and with two accumulators: the next power of two spills on
+# gfx1151 (w4a16 isa, Triton 3.6 and 3.9) and, with two, on sm90. gfx9 has twice the registers.
+_MOST_SUMS = {"gfx9": (128, 256), "gfx": (64, 128), "sm": (128, 128)}
+
+
+def why_illegal(stem: str, tile: Any, problem: Problem, device: Device) -> str | None:
+    """None when `tile` may run `problem` on `device` by kernel `stem`, else one sentence."""
+    if not isinstance(tile, TILES[stem]):
+        return f"{stem} takes a {TILES[stem].__name__}, not a {type(tile).__name__}"
+    if isinstance(tile, CpuTile):
+        return None if tile.block_n > 0 else f"block_n must be positive, not {tile.block_n}"
+    sizes = {name: value for name, value in vars(tile).items() if isinstance(value, int) and name not in _FREE}
+    for name, value in sizes.items():
+        if value < 1 or value & (value - 1):
+            return f"{name} must be a power of two, not {value}"
+    if tile.warps > _MAX_WARPS:
+        return f"warps must be at most {_MAX_WARPS}, not {tile.warps}"
+    if not 1 <= tile.stages <= _MAX_STAGES:
+        return f"stages must be 1 to {_MAX_STAGES}, not {tile.stages}"
+    return None if isinstance(tile, DecodeTile) else _matrix_limit(tile, problem, device)
+
+
+_FREE = ("stages", "weight_first", "pinned")  # fields that need not be powers of two
+_MAX_WARPS, _MAX_STAGES = 16, 8
+
+
+def _matrix_limit(tile: PrefillTile | MoeTile, problem: Problem, device: Device) -> str | None:
+    """The limits of a kernel that keeps a block_m x block_n accumulator and feeds the matrix units."""
+    block_k = capped_block_k(tile.block_k, problem.group)
+    small = min(tile.block_m, tile.block_n, block_k)
+    if small < SMALLEST_BLOCK:
+        return f"blocks must be at least {SMALLEST_BLOCK}, and group a multiple of it (group={problem.group}, {tile})"
+    if problem.act not in DEQUANTS.get(tile.dequant, ()):
+        forms = ", ".join(form for form, acts in DEQUANTS.items() if problem.act in acts)
+        return f"dequant {tile.dequant} does not serve {problem.act}, which has {forms or 'none'}"
+    if getattr(tile, "pinned", False) and not device.arch.startswith("gfx"):
+        return f"pinned is an AMD instruction; {device.arch} has none"
+    lanes = 64 if device.family == "gfx9" else 32
+    copies = 2 if tile.dequant in _ON_SUM else 1
+    sums = copies * tile.block_m * tile.block_n // (lanes * tile.warps)
+    most = next(limits for arch, limits in _MOST_SUMS.items() if device.arch.startswith(arch))[copies - 1]
+    if sums > most:
+        return f"{sums} accumulator registers a lane; more than {most} spill on {device.arch}"
+    shared = _shared_bytes(tile, block_k, device)
+    if shared > device.shared_bytes:
+        return f"{shared} bytes of shared memory, {device.arch} has {device.shared_bytes}"
+    return None
+
+
+def _shared_bytes(tile: PrefillTile | MoeTile, block_k: int, device: Device) -> int:
+    """At most this: x and words of every stage and one dequantised operand; on NVIDIA, the output on its way out."""
+    x, words, weights = 2 * tile.block_m * block_k, tile.block_n * block_k // 2, 2 * tile.block_n * block_k
+    loop = x + weights if tile.stages == 1 else tile.stages * (x + words) + weights
+    return loop if device.arch.startswith("gfx") else max(loop, 2 * tile.block_m * tile.block_n)
