@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .cli_isa import isa, isa_golden
+from .cli_verify import verify
 from .errors import W4A16Error
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="4-bit weights, 16-bit activations.")
@@ -203,6 +205,11 @@ def tune(context: typer.Context) -> None:
     from .tuning.search import main as run_search
 
     raise typer.Exit(run_search(context.args))
+
+
+app.command()(isa)
+app.command(name="isa-golden")(isa_golden)
+app.command()(verify)
 
 
 def load_with_tokenizer(model: str, device: str, dtype: str) -> tuple[Any, Any]:

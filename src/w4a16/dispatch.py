@@ -88,6 +88,16 @@ TABLE: tuple[Row, ...] = (
         also=_int4pack_group,
     ),
     Row(
+        stem="triton_decode",
+        does="few rows: K split over lanes and programs, added in a fixed order",
+        layouts=(SKINNY,),
+        arch=GPUS,
+        m=(1, 16),
+        act=HALVES,
+        needs="triton",
+        also=_whole_blocks,
+    ),
+    Row(
         stem="triton_prefill",
         does="matrix units fed by codes dequantised tile by tile",
         layouts=(SKINNY,),

@@ -11,8 +11,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "cpu"))
 
 
+from w4a16.dispatch import choose, serve_linear
+
+
 @pytest.fixture(autouse=True)
 def _on_a_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("missing device: a CUDA or ROCm GPU")
     torch.manual_seed(0)
+    choose.cache_clear()
+    serve_linear.cache_clear()

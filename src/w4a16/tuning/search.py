@@ -10,7 +10,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -90,8 +90,6 @@ def _layout(stem: str) -> str:
 
 
 def _clone(packed: PackedWeight) -> PackedWeight:
-    from dataclasses import replace
-
     zeros = None if packed.zeros is None else packed.zeros.clone()
     return replace(packed, codes=packed.codes.clone(), scales=packed.scales.clone(), zeros=zeros)
 
@@ -163,9 +161,11 @@ def _tune(options: argparse.Namespace) -> None:
     batches = [int(m) for m in options.batches.split(",")]
     torch.manual_seed(0)
     for shape in shapes_of(options.shapes):
-        group = options.group or shape.group
+        shape = replace(shape, group=options.group or shape.group)
         asym = options.zeros == "asym"
-        problems = [Problem(m=m, n=shape.n, k=shape.k, group=group, act=options.act, has_zeros=asym) for m in batches]
+        problems = [
+            Problem(m=m, n=shape.n, k=shape.k, group=shape.group, act=options.act, has_zeros=asym) for m in batches
+        ]
         precompile(options.kernel, problems, current_device(where), tiles)
         weight = random_weight(shape, act=options.act, has_zeros=asym, device=where)
         for m in batches:

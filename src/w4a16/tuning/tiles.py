@@ -19,6 +19,7 @@ DEQUANTS = {
     "group_sum": ("bf16", "fp16"),
 }
 SMALLEST_BLOCK = 16  # of one matrix instruction
+LONGEST_SUM = 256  # columns of a group whose offset may cancel against sums of x in fp32 (triton_decode)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +52,14 @@ class PrefillTile:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeTile:
-    """block_n rows of W, block_k columns of K a step, K split over split_k programs."""
+    """block_n rows of W, block_k columns of K a step, K split over split_k programs; dequant one of DEQUANTS."""
 
     block_n: int
     block_k: int
     split_k: int = 1
     warps: int = 4
     stages: int = 1
+    dequant: str = "magic"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +110,29 @@ def why_illegal(stem: str, tile: Any, problem: Problem, device: Device) -> str |
         return f"warps must be at most {_MAX_WARPS}, not {tile.warps}"
     if not 1 <= tile.stages <= _MAX_STAGES:
         return f"stages must be 1 to {_MAX_STAGES}, not {tile.stages}"
-    return None if isinstance(tile, DecodeTile) else _matrix_limit(tile, problem, device)
+    limit = {DecodeTile: _decode_limit, MoeTile: _moe_limit}.get(type(tile), _matrix_limit)
+    return limit(tile, problem, device)
 
 
 _FREE = ("stages", "weight_first", "pinned")  # fields that need not be powers of two
 _MAX_WARPS, _MAX_STAGES = 16, 8
+
+
+def _decode_limit(tile: DecodeTile, problem: Problem, device: Device) -> str | None:
+    """As _matrix_limit, for a block of 16 rows of x."""
+    if tile.dequant == "group_scale":
+        return "dequant group_scale is not a form of triton_decode: take group_sum or magic"
+    if tile.dequant == "group_sum" and problem.group > LONGEST_SUM:
+        return f"group_sum unrolls over a group of at most {LONGEST_SUM} columns, not {problem.group}"
+    fields = {name: getattr(tile, name) for name in ("block_n", "block_k", "warps", "stages", "dequant")}
+    return _matrix_limit(PrefillTile(block_m=SMALLEST_BLOCK, **fields), problem, device)
+
+
+def _moe_limit(tile: MoeTile, problem: Problem, device: Device) -> str | None:
+    """Weights rounded once more than the hidden rows and the output would pass bf16's bound on the error."""
+    if tile.dequant == "group_sum" or (problem.act == "bf16" and tile.dequant != "group_scale"):
+        return f"dequant {tile.dequant} does not serve experts in {problem.act}: take group_scale"
+    return _matrix_limit(tile, problem, device)
 
 
 def _matrix_limit(tile: PrefillTile | MoeTile, problem: Problem, device: Device) -> str | None:

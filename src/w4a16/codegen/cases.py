@@ -1,0 +1,111 @@
+"""Which kernels production can launch on a device: one Problem for each tile that tuning can give."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..device import Device
+from ..dispatch import TABLE
+from ..layouts import SKINNY
+from ..problem import Problem
+from ..tuning.table import TuningRow, device_rows, row_for
+from ..tuning.tiles import TILES
+from .stems import launches
+
+ROWS = (2048, 4096, 1024, 512, 832, 576, 256, 128, 64, 32, 16, 5, 2, 1)
+GROUPS = (128, 64, 32, 0)  # 0: channel-wise
+ACTS = ("bf16", "fp16")
+
+# (N, K) of served models' layers, and (N, K, experts, top_k) of their expert layers; the first shapes are the largest.
+LINEAR = (
+    (24576, 4096),
+    (4096, 12288),
+    (6144, 4096),
+    (4096, 4096),
+    (37888, 3584),
+    (3584, 18944),
+    (19456, 2560),
+    (2560, 9728),
+    (6144, 2560),
+    (2560, 4096),
+    (32768, 2048),
+    (2048, 16384),
+    (6144, 2048),
+    (16384, 2048),
+    (2048, 8192),
+    (2048, 2048),
+    (1024, 2048),
+    (512, 8192),
+    (9728, 896),
+)
+EXPERTS = ((1024, 2048, 256, 8), (1536, 2048, 128, 8), (28672, 4096, 8, 2), (1024, 512, 32, 4))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A tuning row, and a problem that production serves with it."""
+
+    row: TuningRow
+    problem: Problem
+
+
+def problems(op: str) -> Iterator[Problem]:
+    """The problems that stand for production, those most often met first."""
+    shapes = [(*shape, 0, 0) for shape in LINEAR] if op == "linear" else EXPERTS
+    for group, m, (n, k, experts, top_k), act, zeros in itertools.product(GROUPS, ROWS, shapes, ACTS, (True, False)):
+        yield Problem(m=m, n=n, k=k, group=group or k, act=act, has_zeros=zeros, experts=experts, top_k=top_k)
+
+
+def compiled_stems() -> list[str]:
+    """The kernels of the dispatch table that Triton compiles: those that plan their launches."""
+    tiled = [row.stem for row in TABLE if SKINNY in row.layouts and row.stem in TILES]
+    return [stem for stem in tiled if hasattr(importlib.import_module(f"..kernels.{stem}", __package__), "plan")]
+
+
+def cases(device: Device, zeros: tuple[bool, ...] = (True, False)) -> list[Case]:
+    """One case for each code that the tiles of tuning give, in the order of the table."""
+    distinct: dict[tuple[Any, ...], Case] = {}
+    for case in _reached(device):
+        row, problem = case.row, case.problem
+        if problem.has_zeros in zeros:  # a plan takes milliseconds: few enough problems first
+            key = (row.stem, row.tile, problem.act, problem.has_zeros, problem.m)
+            distinct.setdefault(key, case)
+    found: dict[tuple[Any, ...], Case] = {}
+    for case in distinct.values():
+        found.setdefault(_code(case, device), case)
+    return list(found.values())
+
+
+def unreached(devices: Iterable[Device]) -> list[TuningRow]:
+    """The rows for production that none of the problems above gets on any of these devices."""
+    everywhere = list(devices)
+    reached = {_place(case.row) for device in everywhere for case in _reached(device)}
+    rows = {_place(row): row for device in everywhere for stem in compiled_stems() for row in device_rows(stem, device)}
+    return [row for place, row in rows.items() if row.use and place not in reached]
+
+
+def _place(row: TuningRow) -> tuple[str, str, int]:
+    return row.stem, row.table, row.place
+
+
+def _reached(device: Device) -> Iterator[Case]:
+    kernels = {row.stem: row for row in TABLE}
+    for stem in compiled_stems():
+        for problem in problems(kernels[stem].op):
+            if kernels[stem].unsupported(problem, device, SKINNY) is None:
+                yield Case(row=row_for(stem, problem, device), problem=problem)
+
+
+def _code(case: Case, device: Device) -> tuple[Any, ...]:
+    """What decides a kernel's code, but for the group and the experts: the tile and what the plan makes of M."""
+    row, problem = case.row, case.problem
+    planned = launches(row.stem, problem, device, row.tile)
+    constants = [{k: v for k, v in launch.constants.items() if k not in _BY_SIZES} for launch in planned]
+    return row.stem, row.tile, problem.act, problem.has_zeros, repr(constants)
+
+
+_BY_SIZES = ("GROUP", "BLOCK_K", "UNROLL_K", "EXPERTS", "TOP_K")
