@@ -1,8 +1,8 @@
 """triton_decode: up to 16 rows of x times W^T, bound by the packed weight's way through memory, on any Triton GPU.
 
-A program takes a few rows of W; the rows of x are padded to the 16 of one matrix instruction, and K may be shared by the
-warps. K is also split over programs, whose sums meet in a second launch that adds them in their order: no atomics, and
-no counter that an aborted launch could leave behind.
+A program takes a few rows of W; the rows of x are padded to the 16 of one matrix instruction, and warps may share K.
+K is also split over programs, whose sums meet in a second launch that adds them in their order: no atomics, and no
+counter that an aborted launch could leave behind.
 """
 
 from __future__ import annotations

@@ -110,8 +110,9 @@ def why_illegal(stem: str, tile: Any, problem: Problem, device: Device) -> str |
         return f"warps must be at most {_MAX_WARPS}, not {tile.warps}"
     if not 1 <= tile.stages <= _MAX_STAGES:
         return f"stages must be 1 to {_MAX_STAGES}, not {tile.stages}"
-    limit = {DecodeTile: _decode_limit, MoeTile: _moe_limit}.get(type(tile), _matrix_limit)
-    return limit(tile, problem, device)
+    if isinstance(tile, DecodeTile):
+        return _decode_limit(tile, problem, device)
+    return (_moe_limit if isinstance(tile, MoeTile) else _matrix_limit)(tile, problem, device)
 
 
 _FREE = ("stages", "weight_first", "pinned")  # fields that need not be powers of two
