@@ -6,7 +6,8 @@ import functools
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -135,6 +136,24 @@ def session_facts() -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     toolkit = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     return f"{gpu}, {toolkit}, torch {torch.__version__}, Triton {importlib.metadata.version('triton')}"
+
+
+def is_capturing() -> bool:
+    """Whether the current stream records a CUDA graph: then nothing may wait for it."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def nvtx_range(name: str) -> Iterator[None]:
+    """A named range for NVIDIA's profilers; nothing elsewhere."""
+    if not torch.version.cuda or not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.nvtx.range_push(name)
+    try:
+        yield
+    finally:
+        torch.cuda.nvtx.range_pop()
 
 
 def synchronize() -> None:

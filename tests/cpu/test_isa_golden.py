@@ -40,7 +40,7 @@ def faults(line: golden.Line, arch: str) -> list[str]:
     for name, limit in (("shared_bytes", device.shared_bytes), ("registers", device.registers)):
         if int(line[name]) > limit:
             found.append(f"{name}={line[name]}, at most {limit}")
-    if line["symbol"] in ("_triton_prefill", "_triton_moe") and line["matrix"] == "0":
+    if line["symbol"] in ("_triton_prefill", "_triton_decode", "_triton_moe") and line["matrix"] == "0":
         found.append("no matrix instructions")
     return found
 
