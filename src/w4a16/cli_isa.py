@@ -81,11 +81,12 @@ def isa_golden(
 ) -> None:
     """Compile every kernel that production can choose, and compare its hot loop with the recorded one."""
     from .codegen import golden
+    from .codegen.cases import Place
     from .device import known_device
 
-    changed = 0
+    changed, compiled = 0, set[Place]()
     for name in device or golden.DEVICES:
-        path, found = golden.path_of(folder, name), golden.record(known_device(name))
+        path, found = golden.path_of(folder, name), golden.record(known_device(name), compiled)
         if update:
             golden.write(found, path)
             console.print(f"{path}: {len(found)} kernels recorded")

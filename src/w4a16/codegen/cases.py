@@ -19,6 +19,7 @@ from .stems import launches
 ROWS = (2048, 4096, 1024, 512, 832, 576, 256, 128, 64, 32, 16, 5, 2, 1)
 GROUPS = (128, 64, 32, 0)  # 0: channel-wise
 ACTS = ("bf16", "fp16")
+Place = tuple[str, str, int]
 
 # (N, K) of served models' layers, and (N, K, experts, top_k) of their expert layers; the first shapes are the largest.
 LINEAR = (
@@ -56,8 +57,8 @@ class Case:
 def problems(op: str) -> Iterator[Problem]:
     """The problems that stand for production, those most often met first."""
     shapes = [(*shape, 0, 0) for shape in LINEAR] if op == "linear" else EXPERTS
-    for group, m, (n, k, experts, top_k), act, zeros in itertools.product(GROUPS, ROWS, shapes, ACTS, (True, False)):
-        yield Problem(m=m, n=n, k=k, group=group or k, act=act, has_zeros=zeros, experts=experts, top_k=top_k)
+    for group, m, (n, k, experts, top_k), act in itertools.product(GROUPS, ROWS, shapes, ACTS):
+        yield Problem(m=m, n=n, k=k, group=group or k, act=act, has_zeros=True, experts=experts, top_k=top_k)
 
 
 def compiled_stems() -> list[str]:
@@ -66,14 +67,12 @@ def compiled_stems() -> list[str]:
     return [stem for stem in tiled if hasattr(importlib.import_module(f"..kernels.{stem}", __package__), "plan")]
 
 
-def cases(device: Device, zeros: tuple[bool, ...] = (True, False)) -> list[Case]:
-    """One case for each code that the tiles of tuning give, in the order of the table."""
+def cases(device: Device) -> list[Case]:
+    """One case for each code that the tiles of tuning give with zero points, in the order of the table."""
     distinct: dict[tuple[Any, ...], Case] = {}
     for case in _reached(device):
         row, problem = case.row, case.problem
-        if problem.has_zeros in zeros:  # a plan takes milliseconds: few enough problems first
-            key = (row.stem, row.tile, problem.act, problem.has_zeros, problem.m)
-            distinct.setdefault(key, case)
+        distinct.setdefault((row.stem, row.tile, problem.act, problem.m), case)  # a plan takes milliseconds
     found: dict[tuple[Any, ...], Case] = {}
     for case in distinct.values():
         found.setdefault(_code(case, device), case)
@@ -83,12 +82,15 @@ def cases(device: Device, zeros: tuple[bool, ...] = (True, False)) -> list[Case]
 def unreached(devices: Iterable[Device]) -> list[TuningRow]:
     """The rows for production that none of the problems above gets on any of these devices."""
     everywhere = list(devices)
-    reached = {_place(case.row) for device in everywhere for case in _reached(device)}
-    rows = {_place(row): row for device in everywhere for stem in compiled_stems() for row in device_rows(stem, device)}
+    reached = {place_of(case.row) for device in everywhere for case in _reached(device)}
+    rows = {
+        place_of(row): row for device in everywhere for stem in compiled_stems() for row in device_rows(stem, device)
+    }
     return [row for place, row in rows.items() if row.use and place not in reached]
 
 
-def _place(row: TuningRow) -> tuple[str, str, int]:
+def place_of(row: TuningRow) -> Place:
+    """Which row of which table this is."""
     return row.stem, row.table, row.place
 
 
@@ -105,7 +107,7 @@ def _code(case: Case, device: Device) -> tuple[Any, ...]:
     row, problem = case.row, case.problem
     planned = launches(row.stem, problem, device, row.tile)
     constants = [{k: v for k, v in launch.constants.items() if k not in _BY_SIZES} for launch in planned]
-    return row.stem, row.tile, problem.act, problem.has_zeros, repr(constants)
+    return row.stem, row.tile, problem.act, repr(constants)
 
 
 _BY_SIZES = ("GROUP", "BLOCK_K", "UNROLL_K", "EXPERTS", "TOP_K")

@@ -15,12 +15,12 @@ from typing import Any
 import triton
 
 from ..device import Device
-from .cases import Case, cases
+from .cases import Case, Place, cases, place_of
 from .classes import CLASSES
 from .isa import Isa, read_isa
 from .stems import compile_stem
 
-DEVICES = ("gfx1100", "gfx1151", "sm90")  # those whose code is recorded
+DEVICES = ("gfx1151", "sm90")  # those whose code is recorded
 KEY = ("kernel", "launch", "symbol", "tile", "problem")
 RESOURCES = ("registers", "scalar_registers", "shared_bytes", "spills", "scratch_bytes")
 COLUMNS = (*KEY, *CLASSES, *RESOURCES, "opcodes")
@@ -28,13 +28,14 @@ COLUMNS = (*KEY, *CLASSES, *RESOURCES, "opcodes")
 Line = dict[str, str]
 
 
-def record(device: Device) -> list[Line]:
-    """Compiles every case of `device` with the Triton that is imported.
+def record(device: Device, compiled: set[Place]) -> list[Line]:
+    """Compiles the cases of `device`, with zero points, by the Triton that is imported.
 
-    A GPU whose code is not kept is compiled with zero points alone: the harder of the two, to find spills.
+    Of a GPU whose code is not kept, only rows that are not in `compiled` yet; adds those it compiles.
     """
-    zeros = (True, False) if device.arch in DEVICES else (True,)
-    return [line for case in cases(device, zeros) for line in lines_of(case, device)]
+    chosen = [case for case in cases(device) if device.arch in DEVICES or place_of(case.row) not in compiled]
+    compiled |= {place_of(case.row) for case in chosen}
+    return [line for case in chosen for line in lines_of(case, device)]
 
 
 def lines_of(case: Case, device: Device) -> list[Line]:
