@@ -57,9 +57,9 @@ def test_every_row_in_use_wins_somewhere(table: str) -> None:
     )
     groups: tuple[int | None, ...] = (16, 64, None)
     won = {
-        row_for(stem, problem(m=m, n=n, k=k, group=g or k, act=act), device)
+        row_for(stem, problem(m=m, n=n, k=k, group=g or k, act=act, has_zeros=zeros), device)
         for stem in {row.stem for row in rows_of(table)}
-        for m, (n, k), g, act in itertools.product(ROWS_OF_X, shapes, groups, ("bf16", "fp16"))
+        for m, (n, k), g, act, zeros in itertools.product(ROWS_OF_X, shapes, groups, ("bf16", "fp16"), (False, True))
         if k % (g or k) == 0
     }
     assert [row for row in rows_of(table) if row.use and row not in won] == []
