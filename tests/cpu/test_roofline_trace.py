@@ -360,3 +360,32 @@ def test_the_recorded_cpu_trace():
     touched = {c.what.problem.m: c.what.routing().touched for c in step.calls if c.op == "cpu_moe"}
     assert touched == {40: 8, 1: 2}
     assert Counter(c.phase for c in step.calls if c.op == "cpu_moe") == {"prefill": 2, "decode": 4}
+
+
+def test_operators_of_a_cpu_nest(tmp_path):
+    """An operator is one call with those inside it, but for ranges, products and attention, which are their own."""
+    r = Recording()
+    r.host("cpu_op", "aten::softmax", 0.0, 10.0)
+    r.host("cpu_op", "aten::copy_", 2.0, 5.0)
+    r.host("cpu_op", "aten::linear", 20.0, 50.0)
+    r.host("cpu_op", "aten::addmm", 25.0, 40.0, **{"Input Dims": [[8], [4, 2], [2, 8]], "Input type": ["float"] * 3})
+    r.host("cpu_op", "aten::copy_", 30.0, 5.0)
+    r.host("cpu_op", "w4a16::linear", 80.0, 20.0)
+    r.host("user_annotation", "cpu_decode 1x64x32 g=32 sym fp32", 85.0, 10.0)
+    r.host("cpu_op", "aten::mm", 86.0, 8.0)
+    r.host("cpu_op", "aten::_weight_int4pack_mm_for_cpu", 100.0, 3.0)
+    r.host("cpu_op", "aten::mul", 100.0, 4.0, thread=2)
+    step = step_from(r, tmp_path)
+    assert Counter((*described(c)[:3], c.us) for c in step.calls) == Counter(
+        [
+            (OTHER, "other", None, 10.0),
+            (OTHER, "other", None, 10.0),
+            (GEMM, "gemm", "4x8x2", 40.0),
+            (OTHER, "other", None, 10.0),
+            (W4A16, "cpu_decode", "1x64x32 g=32 sym fp32", 10.0),
+            (W4A16, "tinygemm", None, 3.0),
+            (OTHER, "other", None, 4.0),
+        ]
+    )
+    assert [k.name for c in step.calls if c.kind == GEMM for k in c.kernels] == ["aten::addmm"]
+    assert (step.usage.window, step.usage.busy, step.usage.overlap) == (104.0, 84.0, 3.0)

@@ -111,3 +111,8 @@ def test_one_expert_takes_all() -> None:
 def test_sums_of_x_are_refused() -> None:
     with pytest.raises(Unsupported, match="group_sum"):
         check(1, tile=MoeTile(block_m=16, block_n=32, block_k=32, dequant="group_sum"))
+
+
+def test_a_group_too_short_for_the_matrix_units_is_refused() -> None:
+    with pytest.raises(Unsupported, match="group of w2 is 8"):
+        check(1, inter=40, groups=(32, 8))

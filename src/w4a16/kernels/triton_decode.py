@@ -52,7 +52,9 @@ def _triton_decode(
     split = tl.program_id(1)
     steps = tl.cdiv(K // STEP, SPLIT_K)
     rows = tl.arange(0, ROWS)
-    x_at = x_ptr + tl.minimum(rows, M - 1)[None, :] * x_stride + tl.arange(0, BLOCK_K)[:, None]
+    # Rows past M are not read: as copies of one row they would all fall on one slice of the L2 cache.
+    here = rows[None, :] < M
+    x_at = x_ptr + rows[None, :] * x_stride + tl.arange(0, BLOCK_K)[:, None]
     codes_at = codes_ptr + row.to(tl.int64)[:, None] * codes_stride + tl.arange(0, BLOCK_K // 8)[None, :]
     scales_at = scales_ptr + row.to(tl.int64) * scales_stride
     if zeros_ptr is not None:
@@ -69,14 +71,14 @@ def _triton_decode(
             total = tl.zeros((BLOCK_N, ROWS), tl.float32)
             sums = tl.zeros((ROWS,), tl.float32)
             for k in tl.static_range(0, GROUP, BLOCK_K):
-                x = tl.load(x_at + step * STEP + k)
+                x = tl.load(x_at + step * STEP + k, mask=here, other=0.0)
                 words = tl.load(codes_at + step * (STEP // 8) + k // 8)
                 total = dot(dequantized(words, scale, zero, DEQUANT), x, total)
                 sums += tl.sum(x.to(tl.float32), 0)
             offset = zero.to(tl.float32) + magic_value(scale.dtype)
             acc += (total - offset[:, None] * sums[None, :]) * scale.to(tl.float32)[:, None]
         else:
-            x = tl.load(x_at + step * STEP)
+            x = tl.load(x_at + step * STEP, mask=here, other=0.0)
             words = tl.load(codes_at + step * (STEP // 8))
             acc = dot(dequantized(words, scale, zero, DEQUANT), x, acc)
     m, n = rows[None, :], n[:, None]

@@ -175,6 +175,12 @@ def plan(
     if tile.dequant == "group_sum":
         wanted = "a form without sums of x, such as group_scale"
         raise Unsupported(f"triton_moe: dequant is {tile.dequant}, must be {wanted}. Change the tuning row.")
+    for name, weight in (("w13", w13), ("w2", w2)):
+        if weight.group % MATRIX_ROWS:
+            raise Unsupported(
+                f"triton_moe: the group of {name} is {weight.group}, must be a multiple of {MATRIX_ROWS}. "
+                "Requantise with another group."
+            )
     tokens, top_k = topk_ids.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     ids, shares = topk_ids.contiguous(), topk_weights.contiguous()
