@@ -152,6 +152,7 @@ def explain(
     from .device import known_device, this_machine
     from .dispatch import explanation
     from .problem import Problem
+    from .tuning.table import row_for
 
     problem = Problem(
         m=m,
@@ -175,6 +176,9 @@ def explain(
         console.print(f"No kernel serves this on {where.arch}.")
         raise typer.Exit(1)
     console.print(f"layout {found.choice.layout}, kernel {found.choice.row.stem}, tile {found.choice.tile or 'none'}")
+    if found.choice.tile is not None:
+        row = row_for(found.choice.row.stem, problem, where)
+        console.print(f"from row {row.place} of tuning/{row.table}.toml: {row.why} ({row.measured})")
 
 
 @app.command(
@@ -210,6 +214,16 @@ def tune(context: typer.Context) -> None:
 app.command()(isa)
 app.command(name="isa-golden")(isa_golden)
 app.command()(verify)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    help="Each operation of a profiler trace against its bound; `w4a16 roofline --help` lists the options.",
+)
+def roofline(context: typer.Context) -> None:
+    from .roofline.command import main as run_roofline
+
+    raise typer.Exit(run_roofline(context.args))
 
 
 def load_with_tokenizer(model: str, device: str, dtype: str) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from .errors import BadInput, explain_mismatch
 from .layouts import PackedWeight
 from .moe.activations import ACTIVATIONS
 from .problem import ACT_NAMES, Problem
+from .roofline import scopes
 
 _LIB = torch.library.Library("w4a16", "DEF")
 _LIB.define(
@@ -76,7 +77,10 @@ def _linear(
     weight = PackedWeight(layout=layout, codes=codes, scales=scales, zeros=zeros, perm=perm, n=n, k=k, group=group)
     served = serve_linear(x.device, layout, m, n, k, group, x.dtype, zeros is not None)
     note(served.stem, served.problem)
-    served.launch(out=out.view(m, n), x=rows, weight=weight, bias=bias, tile=served.tile)
+    launch = served.launch
+    if scopes.enabled:
+        launch = scopes.scoped(launch, served.stem, served.problem)
+    launch(out=out.view(m, n), x=rows, weight=weight, bias=bias, tile=served.tile)
     return out
 
 
@@ -128,7 +132,11 @@ def _moe(
     )
     choice = choose(problem, current_device(x.device), layout)
     note(choice.row.stem, problem)
-    launcher(choice.row.stem)(
+    launch = launcher(choice.row.stem)
+    if scopes.enabled:
+        facts = scopes.moe_facts(topk_ids, problem, intermediate, choice.tile)
+        launch = scopes.scoped(launch, choice.row.stem, problem, facts)
+    launch(
         out=out,
         x=x,
         w13=w13,

@@ -57,7 +57,7 @@ def test_eval(quantized: Path, tmp_path: Path) -> None:
     [
         (["--m", 1, "--n", 4096, "--k", 4096], "kernel cpu_decode"),
         (["--m", 512, "--n", 4096, "--k", 4096, "--asym", "--act", "fp16"], "kernel cpu_prefill"),
-        (["--m", 1, "--n", 4096, "--k", 4096, "--group", -1, "--device", "gfx1151"], "kernel dense"),
+        (["--m", 1, "--n", 4096, "--k", 4096, "--group", -1, "--device", "gfx1151"], "kernel triton_decode"),
         (["--m", 4, "--n", 1536, "--k", 2048, "--experts", 128, "--top-k", 8], "kernel cpu_moe"),
     ],
 )
@@ -67,6 +67,7 @@ def test_explain(arguments: list[object], words: str) -> None:
 
 def test_explain_exits_1_without_a_kernel() -> None:
     arguments = ["explain", "--m", "1", "--n", "64", "--k", "128", "--experts", "4", "--top-k", "2", "--device", "sm90"]
+    arguments += ["--act", "fp32"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 1
     assert "No kernel serves this" in done.output

@@ -389,3 +389,13 @@ def test_operators_of_a_cpu_nest(tmp_path):
     )
     assert [k.name for c in step.calls if c.kind == GEMM for k in c.kernels] == ["aten::addmm"]
     assert (step.usage.window, step.usage.busy, step.usage.overlap) == (104.0, 84.0, 3.0)
+
+
+def test_a_real_h100_trace():
+    """Four layer calls of w4a16 and a dense product behind each, torch 2.11, Triton 3.6."""
+    trace = read(DATA / "h100.json.gz")
+    step = step_of(trace)
+    counts = Counter(c.what.shape for c in step.calls if isinstance(c.what, Scope) and not c.part)
+    assert counts == {"512x4096x4096 g=128 asym": 1, "1x4096x4096 g=128 asym": 3}
+    products = Counter(c.what.shape for c in step.calls if c.kind == GEMM)
+    assert products == {"512x4096x4096": 1, "1x4096x4096": 3}
