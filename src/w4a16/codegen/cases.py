@@ -57,8 +57,8 @@ class Case:
 def problems(op: str) -> Iterator[Problem]:
     """The problems that stand for production, those most often met first."""
     shapes = [(*shape, 0, 0) for shape in LINEAR] if op == "linear" else EXPERTS
-    for group, m, (n, k, experts, top_k), act in itertools.product(GROUPS, ROWS, shapes, ACTS):
-        yield Problem(m=m, n=n, k=k, group=group or k, act=act, has_zeros=True, experts=experts, top_k=top_k)
+    for group, m, (n, k, experts, top_k), act, zeros in itertools.product(GROUPS, ROWS, shapes, ACTS, (True, False)):
+        yield Problem(m=m, n=n, k=k, group=group or k, act=act, has_zeros=zeros, experts=experts, top_k=top_k)
 
 
 def compiled_stems() -> list[str]:
@@ -68,7 +68,7 @@ def compiled_stems() -> list[str]:
 
 
 def cases(device: Device) -> list[Case]:
-    """One case for each code that the tiles of tuning give with zero points, in the order of the table."""
+    """One case for each code that the tiles of tuning give, with zero points where a row allows."""
     distinct: dict[tuple[Any, ...], Case] = {}
     for case in _reached(device):
         row, problem = case.row, case.problem
