@@ -44,6 +44,7 @@ def _triton_decode(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     ON_SUM: tl.constexpr = DEQUANT == "group_sum"
     STEP: tl.constexpr = GROUP if ON_SUM else BLOCK_K  # columns between two looks at the scales
@@ -60,11 +61,23 @@ def _triton_decode(
     if zeros_ptr is not None:
         zeros_at = zeros_ptr + (row // 8).to(tl.int64) * zeros_stride
     acc = tl.zeros((BLOCK_N, ROWS), tl.float32)
-    for step in range(split * steps, tl.minimum((split + 1) * steps, K // STEP)):
-        group = step * STEP // GROUP
-        scale = tl.load(scales_at + group)
+    first, end = split * steps, tl.minimum((split + 1) * steps, K // STEP)
+    next_scale = tl.load(scales_at + tl.minimum(first, K // STEP - 1) * STEP // GROUP)
+    if zeros_ptr is not None:
+        next_zero = tl.load(zeros_at + tl.minimum(first, K // STEP - 1) * STEP // GROUP)
+    for step in range(first, end):
+        # Scales are too narrow for Triton's pipeline: with AHEAD they are asked for a step before their use.
+        ahead = tl.minimum(step + AHEAD, K // STEP - 1) * STEP // GROUP
+        scale = next_scale
+        next_scale = tl.load(scales_at + ahead)
+        if not AHEAD:
+            scale = next_scale
         if zeros_ptr is not None:
-            zero = (tl.load(zeros_at + group) >> (row % 8 * 4)) & 0xF
+            packed = next_zero
+            next_zero = tl.load(zeros_at + ahead)
+            if not AHEAD:
+                packed = next_zero
+            zero = (packed >> (row % 8 * 4)) & 0xF
         else:
             zero = tl.full((BLOCK_N,), 8, tl.int32)
         if ON_SUM:
@@ -142,6 +155,7 @@ def plan(*, out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, t
             "BLOCK_N": tile.block_n,
             "BLOCK_K": capped_block_k(tile.block_k, group),
             "SPLIT_K": tile.split_k,
+            "AHEAD": int(tile.stages > 1),
         },
         options={"num_warps": tile.warps, "num_stages": tile.stages},
     )

@@ -86,6 +86,7 @@ def _triton_prefill(
     BLOCK_K: tl.constexpr,
     UNROLL_K: tl.constexpr,
     RASTER: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     ON_SUM: tl.constexpr = DEQUANT == "group_sum" or DEQUANT == "group_scale"
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -132,16 +133,28 @@ def _triton_prefill(
                     codes_base += BLOCK_K // 8
             acc += total * _along_n(scale.to(tl.float32), WEIGHT_FIRST)
     else:
+        next_scale = tl.load(scales_base + scales_at)
+        if zeros_ptr is not None:
+            next_zero = tl.load(zeros_ptr + zeros_at)
         for trip in range(K // BLOCK_K // UNROLL_K):
             for part in tl.static_range(UNROLL_K):
-                group = (trip * UNROLL_K + part) * BLOCK_K // GROUP
-                x = tl.load(x_base + x_at)
-                words = tl.load(codes_base + codes_at)
-                scale = tl.load(scales_base + group + scales_at)
+                # Scales are too narrow for Triton's pipeline: with AHEAD they are asked for a step before their use.
+                step = trip * UNROLL_K + part
+                ahead = tl.minimum(step + AHEAD, K // BLOCK_K - 1) * BLOCK_K // GROUP
+                scale = next_scale
+                next_scale = tl.load(scales_base + ahead + scales_at)
+                if not AHEAD:
+                    scale = next_scale
                 if zeros_ptr is not None:
-                    zero = (tl.load(zeros_ptr + group + zeros_at) >> zero_shift) & 0xF
+                    packed = next_zero
+                    next_zero = tl.load(zeros_ptr + ahead + zeros_at)
+                    if not AHEAD:
+                        packed = next_zero
+                    zero = (packed >> zero_shift) & 0xF
                 else:
                     zero = tl.full((BLOCK_N,), 8, tl.int32)
+                x = tl.load(x_base + x_at)
+                words = tl.load(codes_base + codes_at)
                 acc = _product(x, dequantized(words, scale, zero, DEQUANT, PINNED), acc, WEIGHT_FIRST)
                 x_base += BLOCK_K
                 codes_base += BLOCK_K // 8
@@ -194,6 +207,7 @@ def plan(*, out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, t
         "BLOCK_K": block_k,
         "UNROLL_K": math.gcd(steps, tile.unroll_k),
         "RASTER": RASTER_M,
+        "AHEAD": int(tile.ahead),
     }
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}

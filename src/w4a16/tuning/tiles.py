@@ -37,6 +37,7 @@ class PrefillTile:
     dequant       one of DEQUANTS
     weight_first  computes W @ x^T, so that W is the operand wgmma takes from registers
     pinned        AMD GPUs: unpacks codes on their way into LDS, never again on the way out (magic and group forms)
+    ahead         asks for scales and zero points a step before their use (forms that scale each weight)
     """
 
     block_m: int
@@ -48,6 +49,7 @@ class PrefillTile:
     dequant: str = "int_subtract"
     weight_first: bool = False
     pinned: bool = False
+    ahead: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,7 @@ def why_illegal(stem: str, tile: Any, problem: Problem, device: Device) -> str |
     return (_moe_limit if isinstance(tile, MoeTile) else _matrix_limit)(tile, problem, device)
 
 
-_FREE = ("stages", "weight_first", "pinned")  # fields that need not be powers of two
+_FREE = ("stages", "weight_first", "pinned", "ahead")  # fields that need not be powers of two
 _MAX_WARPS, _MAX_STAGES = 16, 8
 
 
