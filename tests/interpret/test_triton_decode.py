@@ -16,6 +16,7 @@ from w4a16.weight import QuantizedWeight
 
 MATRIX = DecodeTile(block_n=32, block_k=64, split_k=2)
 ON_SUM = replace(MATRIX, dequant="group_sum")
+AHEAD = replace(MATRIX, stages=3)  # scales are asked for a step before their use
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
@@ -29,7 +30,7 @@ def served(
     return out
 
 
-@pytest.mark.parametrize(("tile", "m"), [(tile, m) for tile in (MATRIX, ON_SUM) for m in (1, 5, 6, 16)])
+@pytest.mark.parametrize(("tile", "m"), [(tile, m) for tile in (MATRIX, ON_SUM, AHEAD) for m in (1, 5, 6, 16)])
 @pytest.mark.parametrize("act", [BF16, FP16])
 @pytest.mark.parametrize("asym", [False, True])
 def test_rows_dtypes_and_zero_points(tile: DecodeTile, m: int, act: torch.dtype, asym: bool) -> None:
@@ -37,7 +38,7 @@ def test_rows_dtypes_and_zero_points(tile: DecodeTile, m: int, act: torch.dtype,
     assert_close(served(weight, x, tile), reference_linear(x, weight))
 
 
-@pytest.mark.parametrize("tile", [MATRIX, ON_SUM])
+@pytest.mark.parametrize("tile", [MATRIX, ON_SUM, AHEAD])
 @pytest.mark.parametrize(("group", "k"), [(16, 48), (32, 96), (64, 320), (128, 384), (96, 192), (144, 144), (256, 256)])
 def test_groups_and_k_off_the_tile(tile: DecodeTile, group: int, k: int) -> None:
     weight, x = random_weight(24, k, group=group, asym=True), torch.randn(2, k).to(BF16)
@@ -54,7 +55,7 @@ def test_columns_splits_bias_strides_and_padding(tile: DecodeTile, n: int, split
     assert_close(got, reference_linear(x, weight, bias))
 
 
-@pytest.mark.parametrize("tile", [MATRIX, ON_SUM])
+@pytest.mark.parametrize("tile", [MATRIX, ON_SUM, AHEAD])
 def test_more_splits_than_steps(tile: DecodeTile) -> None:
     weight, x = random_weight(16, 128, group=64), torch.randn(1, 128).to(BF16)
     assert_close(served(weight, x, replace(tile, split_k=8)), reference_linear(x, weight))

@@ -56,6 +56,14 @@ def test_groups(form: str, group: int, k: int) -> None:
     agree(random_weight(24, k, group=group, asym=True), 6, replace(TILE, block_k=64, dequant=form))
 
 
+@pytest.mark.parametrize("form", ["int_subtract", "magic"])
+@pytest.mark.parametrize(("group", "k"), [(32, 32), (32, 96), (64, 256)])
+@pytest.mark.parametrize("asym", [False, True])
+def test_scales_asked_for_ahead(form: str, group: int, k: int, asym: bool) -> None:
+    """One step and no other, a group a step, two steps a group."""
+    agree(random_weight(40, k, group=group, asym=asym), 17, replace(TILE, dequant=form, ahead=True))
+
+
 @pytest.mark.parametrize("n", [1, 8, 31, 32, 70])
 def test_columns_off_the_tile(n: int) -> None:
     agree(random_weight(n, 64, group=32, asym=True), 3)

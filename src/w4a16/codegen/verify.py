@@ -42,6 +42,8 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
     "unroll_k": (2,),
     "split_k": (4,),
     "matrix": (False,),
+    "stages": (3,),
+    "ahead": (True,),
 }
 
 
