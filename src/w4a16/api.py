@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from . import layouts
-from .device import current_device
+from .device import Device, current_device
 from .dispatch import layout_for
 from .errors import BadInput, explain_mismatch
 from .layouts import SKINNY, PackedWeight
-from .ops import linear_op, moe_op
+from .ops import linear_call, moe_op
 from .problem import ACT_NAMES, Problem
 from .weight import QuantizedWeight
 
@@ -28,10 +28,16 @@ def pack(
     if dtype not in ACT_NAMES:
         wanted = "bfloat16, float16 or float32"
         raise BadInput(explain_mismatch("act", got=act, wanted=wanted, then="Pass the dtype of the activations."))
-    problem = Problem(m=1, n=weight.n, k=weight.k, group=weight.group, act=ACT_NAMES[dtype], has_zeros=weight.has_zeros)
     where = current_device(device)
-    packed = layouts.pack(weight, layout=layout_for(problem, where), act=dtype).to(device)
+    packed = layouts.pack(weight.to(device), layout=layout_of(weight, where, dtype), act=dtype)
     return layouts.pad_rows(packed) if packed.layout == SKINNY and where.family == "gfx11" else packed
+
+
+def layout_of(weight: QuantizedWeight | PackedWeight, device: Device, act: torch.dtype) -> str:
+    """The layout that `pack` gives this weight on `device` for activations of dtype `act`."""
+    w = weight
+    problem = Problem(m=1, n=w.n, k=w.k, group=w.group, act=ACT_NAMES[act], has_zeros=w.has_zeros)
+    return layout_for(problem, device)
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -41,8 +47,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     Unsupported when no kernel serves the call.
     """
     w = weight
-    out: Tensor = linear_op(x, w.codes, w.scales, w.zeros, w.perm, bias, w.layout, w.n, w.k, w.group)
-    return out
+    return linear_call(x, w.codes, w.scales, w.zeros, w.perm, bias, w.layout, w.n, w.k, w.group, w.dense)
 
 
 def moe(
@@ -93,11 +98,22 @@ def moe(
     return out
 
 
-def load(path_or_id: str, device: torch.device | str = "cpu", **kwargs: Any) -> Any:
+def load(
+    path_or_id: str,
+    device: torch.device | str = "cpu",
+    *,
+    dense_cache: str | None = None,
+    memory_utilization: float | None = None,
+    **kwargs: Any,
+) -> Any:
     """A transformers causal LM from a W4A16 checkpoint (AWQ, GPTQ, compressed-tensors), on w4a16's layers.
 
     path_or_id is a folder or a Hugging Face Hub id; kwargs go to `AutoModelForCausalLM.from_pretrained`.
+    dense_cache (off, soft, hard) makes dequantised copies for prefill where they pay, while they fit into
+    memory_utilization of the memory; default W4A16_DENSE_CACHE, else off. `model.w4a16_report()` lists them.
     """
+    from .dense_cache import asked
     from .plugins.transformers import load_model
 
-    return load_model(path_or_id, device, **kwargs)
+    with asked(dense_cache, memory_utilization):
+        return load_model(path_or_id, device, **kwargs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .cli_eval import evaluate
 from .cli_isa import isa, isa_golden
+from .cli_report import report
+from .cli_serve import PASS_ON, serve, serve_bench
 from .cli_verify import verify
 from .errors import W4A16Error
 
@@ -97,45 +99,6 @@ def generate(
     loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=sample, streamer=streamer)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def serve(context: typer.Context, model: Model) -> None:
-    """Serve MODEL over an OpenAI-compatible API; further options are those of `transformers serve`."""
-    from .plugins.transformers import serve as run_server
-
-    run_server([model, *context.args])
-
-
-@app.command(name="eval")
-def evaluate(
-    quantized: Model,
-    dense: Annotated[str, typer.Option(help="The dense original: a folder or a Hub id.")],
-    text: Annotated[Path, typer.Option(help="A text file, UTF-8.")],
-    window: Annotated[int, typer.Option(help="Tokens a forward pass sees.", min=2)] = 512,
-    max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens; 0 for the whole text.", min=0)] = 0,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "auto",
-    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
-) -> None:
-    """Compare a quantised model with its dense original on a text."""
-    import transformers
-
-    from .errors import BadInput
-    from .evaluate import compare
-
-    if not text.is_file():
-        raise BadInput(f"--text {text}: got no such file, wanted a UTF-8 text. Name one.")
-    loaded, tokenizer = load_with_tokenizer(quantized, device, dtype)
-    original = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=loaded.dtype).to(device).eval()
-    ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
-    figures = compare(original, loaded, ids[: max_tokens or None], window=window).as_dict()
-    table = Table("figure", "value", title=f"{quantized} against {dense}")
-    for name, value in figures.items():
-        table.add_row(name, f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
-    console.print(table)
-    if json_out is not None:
-        json_out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-
-
 @app.command()
 def explain(
     m: Annotated[int, typer.Option(help="Rows of x: tokens in this call.")],
@@ -149,6 +112,7 @@ def explain(
     device: Annotated[str, typer.Option(help="A known device, such as gfx1151 or sm90; default this machine.")] = "",
 ) -> None:
     """Which kernel serves a problem on a device, and why each other one does not."""
+    from .dense_cache import describe_copy
     from .device import known_device, this_machine
     from .dispatch import explanation
     from .problem import Problem
@@ -179,6 +143,8 @@ def explain(
     if found.choice.tile is not None:
         row = row_for(found.choice.row.stem, problem, where)
         console.print(f"from row {row.place} of tuning/{row.table}.toml: {row.why} ({row.measured})")
+    if problem.op == "linear":
+        console.print(f"dense copy: {describe_copy(problem, where)}")
 
 
 @app.command(
@@ -211,9 +177,13 @@ def tune(context: typer.Context) -> None:
     raise typer.Exit(run_search(context.args))
 
 
+app.command(name="eval")(evaluate)
+app.command(context_settings=PASS_ON)(serve)
+app.command(name="serve-bench", context_settings=PASS_ON)(serve_bench)
 app.command()(isa)
 app.command(name="isa-golden")(isa_golden)
 app.command()(verify)
+app.command()(report)
 
 
 @app.command(

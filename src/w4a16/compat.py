@@ -9,9 +9,16 @@ there, these helpers go through fp32; compiled, each is the one operation it nam
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.runtime import driver
 
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
@@ -48,3 +55,48 @@ def difference(a, b):
     if INTERPRETED:
         return narrowed(a.to(tl.float32) - b.to(tl.float32), a.dtype)
     return a - b
+
+
+workgroup_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed after Triton 3.6
+
+
+@triton.constexpr_function
+def wmma_layout(warps_m, warps_n):
+    """Gluon's layout of the sums of gfx11's WMMA, lanes along N: `warps_per_cta` in Triton 3.6, then `warp_bases`."""
+    from triton.experimental.gluon.language.amd import AMDWMMALayout
+
+    if "warps_per_cta" in AMDWMMALayout.__dataclass_fields__:
+        return AMDWMMALayout(version=1, transposed=False, warps_per_cta=[warps_m, warps_n])
+    bases = [[0, 1 << bit] for bit in range(warps_n.bit_length() - 1)]
+    bases += [[1 << bit, 0] for bit in range(warps_m.bit_length() - 1)]
+    return AMDWMMALayout(version=1, transposed=False, warp_bases=bases)
+
+
+def launcher(kernel: Any, cluster: int) -> Callable[..., None]:
+    """A compiled kernel as a function of its grid and its arguments, constants included.
+
+    Triton compiles for the clusters it launches, and then spreads every tensor over them; a kernel whose programs
+    share no tensors is compiled for one and launched in clusters: what the launcher reads is (warps, CTAs, shared).
+    """
+    run, function = kernel.run, kernel.function
+    metadata = (
+        kernel.packed_metadata if cluster == 1 else (kernel.packed_metadata[0], cluster, kernel.packed_metadata[2])
+    )
+    device, stream_of = driver.active.get_current_device, driver.active.get_current_stream
+    runtime = knobs.runtime
+
+    def launch(grid: tuple[int, ...], *args: Any) -> None:
+        x, y, z = (*grid, 1, 1)[:3]
+        facts = (
+            None if runtime.launch_enter_hook is None else kernel.launch_metadata((x, y, z), stream_of(device()), *args)
+        )
+        hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+        run(x, y, z, stream_of(device()), function, metadata, facts, *hooks, *args)
+
+    return launch
+
+
+# Asynchronous copies, which Triton 3.9 renames: by pointers, and by TMA of one box each way.
+copy_to_shared = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+to_shared = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+from_shared = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global

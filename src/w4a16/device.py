@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .errors import BadInput, Unsupported, explain_mismatch
+from .errors import BadInput, OverBudget, Unsupported, explain_mismatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +154,47 @@ def nvtx_range(name: str) -> Iterator[None]:
         yield
     finally:
         torch.cuda.nvtx.range_pop()
+
+
+def free_and_total(device: torch.device | str) -> tuple[int, int]:
+    """Bytes of memory free right now and in all, where tensors of `device` lie; GPUs without their own read the host's.
+
+    Blocks that torch keeps for later are given back first, so that they count as free.
+    """
+    where = torch.device(device)
+    if where.type == "cuda" and not torch.cuda.get_device_properties(where).is_integrated:
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(where)
+        return int(free), int(total)
+    if not installed("psutil"):
+        raise Unsupported(f"the free memory of {where} is not known without psutil: pip install psutil")
+    import psutil  # type: ignore[import-untyped]
+
+    host = psutil.virtual_memory()
+    return int(host.available), int(host.total)
+
+
+@contextmanager
+def within_memory(what: str, device: torch.device | str) -> Iterator[None]:
+    """Turns running out of memory, in whatever words, into one OverBudget with the numbers."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        words = str(error)
+        if type(error) is RuntimeError and "can't allocate memory" not in words:
+            raise
+        raise OverBudget(
+            f"{what}: got out of memory on {device}{_free_words(device)}, wanted room for it. Free some, load a "
+            f"smaller model, or split this one with device_map."
+        ) from error
+
+
+def _free_words(device: torch.device | str) -> str:
+    try:
+        free, total = free_and_total(device)
+    except Unsupported:  # without psutil
+        return ""
+    return f" ({free / 1e9:.1f} GB free of {total / 1e9:.1f} GB)"
 
 
 def synchronize() -> None:

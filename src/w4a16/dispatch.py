@@ -18,9 +18,12 @@ import torch
 from . import env
 from .device import Device, current_device, installed
 from .errors import Unsupported
-from .layouts import EXLLAMA, INT4PACK, SKINNY
+from .forks import one_thread_in_children
+from .layouts import EXLLAMA, INT4PACK, LAYOUTS, SKINNY, SM90
+from .layouts.sm90 import sm90_group
 from .problem import ACT_NAMES, Problem
-from .tuning.table import tile_for
+from .tuning.gfx11_tiles import GROUPS as GFX11_GROUPS
+from .tuning.table import TuningRow, covering_row, tile_for
 from .tuning.tiles import why_illegal
 
 _EXTRAS = {"numba": "'w4a16[cpu]'"}
@@ -66,10 +69,62 @@ def _whole_blocks(problem: Problem, device: Device) -> str | None:
     return None if problem.group % 16 == 0 else f"group must be a multiple of 16, not {problem.group}"
 
 
+def _copy_pays(problem: Problem, device: Device) -> str | None:
+    if not problem.resident:
+        return "the weight has no dense copy (docs/dense.md)"
+    return _unless_tuned(covering_row("dense_resident", problem, device), "a dense copy", device)
+
+
+def _scratch_pays(problem: Problem, device: Device) -> str | None:
+    row = covering_row("dense", problem, device)
+    return _unless_tuned(row if row is not None and row.tile.first else None, "dequantising first", device)
+
+
+def _wmma_pays(problem: Problem, device: Device) -> str | None:
+    if problem.group not in GFX11_GROUPS:
+        return f"group must be {', '.join(map(str, GFX11_GROUPS))}, not {problem.group}"
+    return _unless_tuned(covering_row("gfx11_prefill", problem, device), "it", device)
+
+
+def _tiles_of_64(problem: Problem, device: Device) -> str | None:
+    return f"n must be a multiple of 8, not {problem.n}" if problem.n % 8 else sm90_group(problem.group, problem.k)
+
+
+def _wmma_experts_pay(problem: Problem, device: Device) -> str | None:
+    rows = problem.m * max(problem.k, problem.top_k * problem.n)  # gathered by 32-bit offsets in bytes
+    if rows > MOST_GATHERED:
+        return f"x and the routed rows must have at most {MOST_GATHERED} values, not {rows}"
+    if problem.group not in GFX11_GROUPS:
+        return f"group must be {', '.join(map(str, GFX11_GROUPS))}, not {problem.group}"
+    return _unless_tuned(covering_row("gfx11_moe", problem, device), "it", device)
+
+
+def _unless_tuned(row: TuningRow | None, what: str, device: Device) -> str | None:
+    return None if row is not None else f"no tuning row of {device.arch} says that {what} is faster here"
+
+
 GPUS = ("gfx", "sm")
 HALVES = ("bf16", "fp16")
+MOST_GATHERED = 1 << 30
+DECODE_ROWS = 16  # a dense copy is four times the bytes of the codes: it never serves so few rows
 
 TABLE: tuple[Row, ...] = (
+    Row(
+        stem="dense_resident",
+        does="the vendor BLAS over a dequantised copy that was made at load",
+        layouts=tuple(LAYOUTS),
+        arch=GPUS,
+        m=(DECODE_ROWS + 1, None),
+        also=_copy_pays,
+    ),
+    Row(
+        stem="dense",
+        does="one pass dequantises into a workspace, then the vendor BLAS, where that is faster",
+        layouts=(SKINNY,),
+        arch=GPUS,
+        m=(DECODE_ROWS + 1, None),
+        also=_scratch_pays,
+    ),
     Row(
         stem="cpu_decode",
         does="JIT-compiled kernel over the packed words, a few rows",
@@ -88,6 +143,33 @@ TABLE: tuple[Row, ...] = (
         also=_int4pack_group,
     ),
     Row(
+        stem="dense_resident",
+        does="sgemm over a dequantised copy that was made at load",
+        layouts=(EXLLAMA, SKINNY, INT4PACK),
+        arch=("cpu",),
+        m=(DECODE_ROWS + 1, None),
+        also=_copy_pays,
+    ),
+    Row(
+        stem="sm90_decode",
+        does="few rows: codes straight into operands of mma.sync, K split over a cluster",
+        layouts=(SM90,),
+        arch=("sm90",),
+        m=(1, 16),
+        act=HALVES,
+        needs="triton",
+        also=_tiles_of_64,
+    ),
+    Row(
+        stem="sm90_prefill",
+        does="wgmma fed by codes dequantised in registers, x and codes by TMA",
+        layouts=(SM90,),
+        arch=("sm90",),
+        act=HALVES,
+        needs="triton",
+        also=_tiles_of_64,
+    ),
+    Row(
         stem="triton_decode",
         does="few rows: K split over lanes and programs, added in a fixed order",
         layouts=(SKINNY,),
@@ -98,6 +180,16 @@ TABLE: tuple[Row, ...] = (
         also=_whole_blocks,
     ),
     Row(
+        stem="gfx11_prefill",
+        does="WMMA driven by hand: codes unpacked once into LDS, or straight into operand registers",
+        layouts=(SKINNY,),
+        arch=("gfx11",),
+        m=(DECODE_ROWS + 1, None),
+        act=HALVES,
+        needs="triton",
+        also=_wmma_pays,
+    ),
+    Row(
         stem="triton_prefill",
         does="matrix units fed by codes dequantised tile by tile",
         layouts=(SKINNY,),
@@ -106,6 +198,7 @@ TABLE: tuple[Row, ...] = (
         needs="triton",
         also=_whole_blocks,
     ),
+    Row(stem="dense", does="the same, for whatever is left", layouts=(SKINNY,), arch=GPUS),
     Row(
         stem="dense",
         does="dequantise a block of rows into a reused buffer, then the vendor BLAS",
@@ -117,6 +210,17 @@ TABLE: tuple[Row, ...] = (
         op="moe",
         layouts=(EXLLAMA, INT4PACK),
         arch=("cpu",),
+    ),
+    Row(
+        stem="gfx11_moe",
+        does="WMMA driven by hand: two GEMMs over blocks of routed rows, then the sum over each token",
+        op="moe",
+        layouts=(SKINNY,),
+        arch=("gfx11",),
+        m=(DECODE_ROWS + 1, None),
+        act=HALVES,
+        needs="triton",
+        also=_wmma_experts_pay,
     ),
     Row(
         stem="triton_moe",
@@ -141,12 +245,26 @@ class Choice:
 
 
 def layout_for(problem: Problem, device: Device) -> str:
-    """The layout a weight is packed in: that of the first kernel that decodes it (its row count plays no part)."""
-    decode = replace(problem, m=1, experts=0, top_k=0)
-    for row in TABLE:
-        if row.unsupported(decode, device) is None:
-            return row.layouts[0]
-    raise Unsupported(_refusal(problem, device, None))
+    """The layout a weight is packed in: that of the first kernel that decodes it (its row count plays no part).
+
+    Experts take it where a kernel of theirs reads it, else the layout of the first that serves them. A kernel that
+    W4A16_KERNEL forces comes first.
+    """
+    linear = replace(problem, m=1, experts=0, top_k=0)
+    preferred = _first_layout(linear, device)
+    if not problem.experts:
+        if preferred is None:
+            raise Unsupported(_refusal(problem, device, None))
+        return preferred
+    rows = [row for row in TABLE if row.unsupported(problem, device) is None]
+    if not rows:
+        raise Unsupported(_refusal(problem, device, None))
+    return preferred if preferred in rows[0].layouts else rows[0].layouts[0]
+
+
+def _first_layout(problem: Problem, device: Device) -> str | None:
+    rows = sorted(TABLE, key=lambda row: row.stem != env.FORCED_KERNEL)
+    return next((row.layouts[0] for row in rows if row.unsupported(problem, device) is None), None)
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -223,7 +341,7 @@ def explanation(problem: Problem, device: Device) -> Explanation:
         choice, layout = None, None
     lines = []
     for row in TABLE:
-        wins = choice is not None and row.stem == choice.row.stem
+        wins = choice is not None and row is choice.row
         answer = "serves it" if wins else _sentence(row, problem, device, layout) or "could, but an earlier row wins"
         lines.append(Line(stem=row.stem, does=row.does, answer=answer, wins=wins))
     return Explanation(lines=tuple(lines), choice=choice)
@@ -232,6 +350,7 @@ def explanation(problem: Problem, device: Device) -> Explanation:
 @functools.cache
 def launcher(stem: str) -> Callable[..., None]:
     """The launcher of a kernel, imported at its first use: `import w4a16` needs neither driver nor compiler."""
+    one_thread_in_children()
     module = importlib.import_module(f".kernels.{stem}", __package__)
     found: Callable[..., None] = getattr(module, stem)
     return found
@@ -239,22 +358,33 @@ def launcher(stem: str) -> Callable[..., None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What one call needs of dispatch: who serves it, with which tile."""
+    """What one call needs of dispatch: who serves it, with which tile; plan: the launches as data, where it has some."""
 
     problem: Problem
     stem: str
     launch: Callable[..., None]
     tile: Any
+    plan: Callable[..., Any] | None = None
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def serve_linear(
-    where: torch.device, layout: str, m: int, n: int, k: int, group: int, act: torch.dtype, has_zeros: bool
+    where: torch.device,
+    layout: str,
+    m: int,
+    n: int,
+    k: int,
+    group: int,
+    act: torch.dtype,
+    has_zeros: bool,
+    resident: bool = False,
 ) -> Served:
     """`choose` from a call's bare facts, remembered by them: one lookup on the path of every call."""
-    problem = Problem(m=m, n=n, k=k, group=group, act=ACT_NAMES[act], has_zeros=has_zeros)
+    problem = Problem(m=m, n=n, k=k, group=group, act=ACT_NAMES[act], has_zeros=has_zeros, resident=resident)
     choice = choose(problem, current_device(where), layout)
-    return Served(problem=problem, stem=choice.row.stem, launch=launcher(choice.row.stem), tile=choice.tile)
+    stem, launch = choice.row.stem, launcher(choice.row.stem)
+    plan = getattr(importlib.import_module(f".kernels.{stem}", __package__), "plan", None)
+    return Served(problem=problem, stem=stem, launch=launch, tile=choice.tile, plan=plan)
 
 
 _record: ContextVar[list[tuple[str, Problem]] | None] = ContextVar("w4a16_record", default=None)

@@ -17,6 +17,14 @@ class BadCheckpoint(W4A16Error):
     """A checkpoint is damaged, incomplete or says something w4a16 cannot read; names the file and the tensor."""
 
 
+class OverBudget(W4A16Error):
+    """Memory does not suffice for what was asked; the message has the numbers."""
+
+
+class KernelFailed(W4A16Error):
+    """A kernel did not compile, or its compiler could not write; names the kernel and what to do."""
+
+
 class NoGolden(W4A16Error):
     """There are no golden numbers to compare with, or they contradict each other."""
 

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from .errors import BadInput
-from .layouts import PackedWeight
-from .ops import linear_op, moe_op
+from .api import layout_of, pack
+from .device import current_device
+from .errors import BadInput, explain_mismatch
+from .layouts import SKINNY, PackedWeight, pad_rows, unpack
+from .ops import linear_call, moe_op
+from .problem import ACT_NAMES
 
 
 class _Packed(nn.Module):
-    """The tensors of one PackedWeight as buffers, so that they move and save with the model."""
+    """The tensors of one PackedWeight as buffers, so that they move and save with the model.
+
+    The dense copy (dense_cache.py) is for this weight, device and dtype: whatever changes one of them drops it, and
+    neither a state dict nor a pickle nor a deep copy holds it.
+    """
 
     codes: Tensor | None
     scales: Tensor
     zeros: Tensor | None
     perm: Tensor | None
+    dense: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
         for name in ("codes", "scales", "zeros", "perm"):
             self.register_buffer(name, None)
+        self.register_buffer("dense", None, persistent=False)
+        self.dense_why = "not asked for"
         self.layout, self.n, self.k, self.group = "", 0, 0, 0
 
     def set(self, packed: PackedWeight) -> None:
+        self.drop_dense("another weight was set")
         self.codes, self.scales, self.zeros, self.perm = packed.codes, packed.scales, packed.zeros, packed.perm
         self.layout, self.n, self.k, self.group = packed.layout, packed.n, packed.k, packed.group
 
@@ -39,12 +53,69 @@ class _Packed(nn.Module):
             n=self.n,
             k=self.k,
             group=self.group,
+            dense=self.dense,
         )
+
+    def drop_dense(self, why: str) -> None:
+        """Frees the dense copy, if there is one."""
+        if self.dense is not None:
+            self.dense, self.dense_why = None, f"dropped: {why}"
 
     def loaded(self) -> Tensor:
         if self.codes is None:
             raise BadInput("this layer has no weight yet: load a checkpoint, or call set(packed) on it.")
         return self.codes
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
+        """`.to()`, `.half()` and the like: packs the weight anew where its kernels now read another layout."""
+        copy, before = self.dense, self._place()
+        self.dense = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = self._place()
+        self.dense = copy
+        if before is not None and after is not None and before != after:
+            self.drop_dense("the layer was moved or cast")
+            self._repack(*after)
+        return self
+
+    def _place(self) -> tuple[torch.device, torch.dtype] | None:
+        return None if self.codes is None else (self.codes.device, self.scales.dtype)
+
+    def _repack(self, device: torch.device, act: torch.dtype) -> None:
+        if device.type not in ("cpu", "cuda") or act not in ACT_NAMES:
+            return  # no kernel runs there: the call will say so
+        weight, where = self.get(), current_device(device)
+        why = self.dense_why
+        if layout_of(weight, where, act) != self.layout:
+            self.set(pack(unpack(weight.to("cpu")), device=device, act=act))
+        elif self.layout == SKINNY and where.family == "gfx11":
+            self.set(pad_rows(weight))  # a move packs the rows densely
+        self.dense_why = why
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_buffers": {**self._buffers, "dense": None}, "dense_why": "not asked for"}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name in ("codes", "zeros"):
+            have, found = self._buffers[name], state_dict.get(f"{prefix}{name}")
+            if found is not None and (have is None or have.dtype != found.dtype):
+                got = "none" if have is None else f"{have.dtype} of layout {self.layout}"
+                then = "A state dict says no layout: save the module itself, or call set(packed) first."
+                error_msgs.append(explain_mismatch(f"{prefix}{name}", got=got, wanted=found.dtype, then=then))
+                return
+        self.drop_dense("other weights were loaded")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 class W4A16Linear(_Packed):
@@ -67,7 +138,7 @@ class W4A16Linear(_Packed):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = linear_op(
+        return linear_call(
             x,
             self.loaded(),
             self.scales,
@@ -78,8 +149,8 @@ class W4A16Linear(_Packed):
             self.n,
             self.k,
             self.group,
+            self.dense,
         )
-        return out
 
     def extra_repr(self) -> str:
         kind = "asym" if self.zeros is not None else "sym"

@@ -17,7 +17,7 @@ class Problem:
     """y[M, N] = x[M, K] @ W[N, K]^T, or for experts > 0 an expert layer of `experts` such weights, `top_k` a token.
 
     For an expert layer N and K are those of its first GEMM: N = 2 x intermediate when gated, K = hidden.
-    `group` is the number of columns of W that share a scale; K for channel-wise.
+    `group` is the number of columns of W that share a scale; K for channel-wise. `resident`: W has a dequantised copy.
     """
 
     m: int
@@ -28,6 +28,7 @@ class Problem:
     has_zeros: bool = False
     experts: int = 0
     top_k: int = 0
+    resident: bool = False
 
     def __post_init__(self) -> None:
         if self.act not in ACT_DTYPES:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .checkpoints import Checkpoint, Scheme, open_checkpoint, write_checkpoint
+from .checkpoints.convert import dense_modules
 from .errors import BadInput, Unsupported, explain_mismatch
 from .weight import CODES_PER_WORD, SYMMETRIC_ZERO, QuantizedWeight, pack_nibbles
 
@@ -156,7 +157,7 @@ def quantize_model(
             config=checkpoint.config,
             scheme=scheme,
             items=_items(checkpoint, work, scheme, progress),
-            ignore=[name for name, _ in work.left_dense],
+            ignore=list(dict.fromkeys([*dense_modules(checkpoint, set(work.linear)), *dict(work.left_dense)])),
             extra_files_from=checkpoint.path,
         )
     return work

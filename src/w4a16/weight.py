@@ -89,6 +89,20 @@ class QuantizedWeight:
     def has_zeros(self) -> bool:
         return self.zeros is not None
 
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same record with every tensor on `device`."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            scales=self.scales.to(device),
+            zeros=moved(self.zeros),
+            perm=moved(self.perm),
+        )
+
     def check_values(self) -> QuantizedWeight:
         """Reads every scale, zero point and index once; raises BadInput at a value that would poison the output."""
         if not torch.isfinite(self.scales).all():

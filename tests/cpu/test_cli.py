@@ -37,6 +37,13 @@ def test_convert(quantized: Path, tmp_path: Path) -> None:
         assert checkpoint.format == "awq"
 
 
+def test_report(quantized: Path) -> None:
+    said = invoke("report", quantized, "--dense-cache", "soft")
+    assert "model.layers.0.self_attn.q_proj" in said
+    assert "copy: none: no tuning row of cpu makes it faster than the 4-bit kernels" in said
+    assert "dense copies 0.0 MB" in said
+
+
 def test_generate(quantized: Path) -> None:
     assert "import os" in invoke("generate", quantized, "--prompt", "import os", "--max-new-tokens", 4)
 

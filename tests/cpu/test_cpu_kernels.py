@@ -13,7 +13,7 @@ from w4a16.dispatch import TABLE, launcher
 from w4a16.kernels import cpu_decode, cpu_prefill
 from w4a16.layouts import EXLLAMA, INT4PACK
 from w4a16.reference import reference_linear
-from w4a16.tuning.tiles import CpuTile
+from w4a16.tuning.tiles import CpuTile, DenseTile
 from w4a16.weight import QuantizedWeight
 
 KERNELS = [("cpu_decode", EXLLAMA), ("cpu_prefill", EXLLAMA), ("cpu_int4pack", INT4PACK)]
@@ -24,7 +24,8 @@ ACTS = [torch.bfloat16, torch.float16, torch.float32]
 def call(stem: str, layout: str, weight: QuantizedWeight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     out = torch.full((x.shape[0], weight.n), float("nan"), dtype=x.dtype)
     packed = layouts.pack(weight, layout=layout)
-    launcher(stem)(out=out, x=x, weight=packed, bias=bias, tile=CpuTile(block_n=64))
+    tile = DenseTile(workspace_mib=1) if stem == "dense" else CpuTile(block_n=64)
+    launcher(stem)(out=out, x=x, weight=packed, bias=bias, tile=tile)
     return out
 
 

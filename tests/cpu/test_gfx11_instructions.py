@@ -227,6 +227,12 @@ def test_exec_is_saved_and_restored() -> None:
     assert gang.full
 
 
+def test_exec_is_written_and_given() -> None:
+    gang = step("s_and_not1_wrexec_b32 s2, s4", s={4: 0x0F}, active=0xFC)
+    assert int(gang.s[2, 0, 0]) == 0x03
+    np.testing.assert_array_equal(gang.active[0], [True, True] + [False] * 30)
+
+
 def test_lanes_are_read_written_and_permuted() -> None:
     lane = np.arange(32)
     gang = step(

@@ -82,7 +82,7 @@ def test_a_lost_barrier_faults() -> None:
 
 
 def test_every_kernel_has_checks_and_every_form_a_variant() -> None:
-    assert {"triton_decode", "triton_prefill", "triton_moe"} <= set(stems())
+    assert {"gfx11_moe", "gfx11_prefill", "triton_decode", "triton_prefill", "triton_moe"} <= set(stems())
     for stem in stems():
         assert list(islice(checks(GFX1151, stem), 1))
     tile = PrefillTile(block_m=32, block_n=32, block_k=32, warps=4)
@@ -92,7 +92,7 @@ def test_every_kernel_has_checks_and_every_form_a_variant() -> None:
 def test_other_devices_and_kernels_are_refused() -> None:
     with pytest.raises(BadInput, match="wanted a gfx11 GPU"):
         list(checks(known_device("gfx1201"), "triton_prefill"))
-    with pytest.raises(BadInput, match="got cpu_decode, wanted triton"):
+    with pytest.raises(BadInput, match="got cpu_decode, wanted gfx11_moe, "):
         list(checks(GFX1151, "cpu_decode"))
 
 
@@ -121,7 +121,7 @@ def test_other_tritons(version: str) -> None:
         "from w4a16.device import known_device\n"
         "for arch in ('gfx1100', 'gfx1151'):\n"
         "    device = known_device(arch)\n"
-        "    for stem in ('triton_decode', 'triton_prefill'):\n"
+        "    for stem in ('gfx11_prefill', 'triton_decode', 'triton_prefill'):\n"
         "        for check in islice(checks(device, stem), 0, None, 9):\n"
         "            outcome = run(check, device)\n"
         "            assert outcome.passed, (check, outcome)\n"

@@ -41,8 +41,13 @@ def faults(line: golden.Line, arch: str) -> list[str]:
     for name, limit in (("shared_bytes", device.shared_bytes), ("registers", device.registers)):
         if int(line[name]) > limit:
             found.append(f"{name}={line[name]}, at most {limit}")
-    if line["symbol"] in ("_triton_prefill", "_triton_decode", "_triton_moe") and line["matrix"] == "0":
+    gemms = ("_triton_prefill", "_triton_decode", "_triton_moe", "_gfx11_prefill", "_gfx11_moe")
+    if line["symbol"] in gemms and line["matrix"] == "0":
         found.append("no matrix instructions")
+    counts = golden.opcode_counts(line["opcodes"])
+    wgmma, waits = (sum(n for op, n in counts.items() if op.startswith(name)) for name in ("HGMMA", "WARPGROUP.DEPBAR"))
+    if wgmma and waits >= wgmma:
+        found.append(f"ptxas serialised wgmma: {wgmma} of them, {waits} waits")
     return found
 
 

@@ -10,9 +10,10 @@ import pytest
 
 import w4a16.tuning
 from w4a16 import DEVICES, Problem, Unsupported
+from w4a16.codegen.cases import place_of
 from w4a16.device import Device, known_device
-from w4a16.tuning.table import device_rows, row_for, rows_of, tile_for
-from w4a16.tuning.tiles import DEQUANTS, TILES, CpuTile, PrefillTile, capped_block_k, why_illegal
+from w4a16.tuning.table import covering_row, device_rows, row_for, rows_of, tile_for
+from w4a16.tuning.tiles import DEQUANTS, TILES, CpuTile, DenseTile, PrefillTile, capped_block_k, why_illegal
 
 TABLES = sorted(path.stem for path in Path(w4a16.tuning.__file__).parent.glob("*.toml"))
 GPUS = [device for device in DEVICES.values() if device.arch != "cpu"]
@@ -54,15 +55,17 @@ def test_every_row_in_use_wins_somewhere(table: str) -> None:
         (8192, 2048),
         (9728, 2560),
         (3584, 3584),
+        (4096, 12288),
     )
-    groups: tuple[int | None, ...] = (16, 64, None)
-    won = {
-        row_for(stem, problem(m=m, n=n, k=k, group=g or k, act=act, has_zeros=zeros), device)
+    groups: tuple[int | None, ...] = (16, 32, 64, 128, None)
+    found = (
+        covering_row(stem, problem(m=m, n=n, k=k, group=g or k, act=act, has_zeros=zeros), device)
         for stem in {row.stem for row in rows_of(table)}
         for m, (n, k), g, act, zeros in itertools.product(ROWS_OF_X, shapes, groups, ("bf16", "fp16"), (False, True))
         if k % (g or k) == 0
-    }
-    assert [row for row in rows_of(table) if row.use and row not in won] == []
+    )
+    won = {place_of(row) for row in found if row is not None}
+    assert [row for row in rows_of(table) if row.use and place_of(row) not in won] == []
 
 
 def test_rows_for_comparison_are_listed_and_never_taken() -> None:
@@ -134,8 +137,8 @@ def test_each_limit_has_its_sentence(
 def test_a_tile_of_another_kernel_is_illegal() -> None:
     found = why_illegal("triton_prefill", CpuTile(block_n=64), problem(), GFX1151)
     assert found == "triton_prefill takes a PrefillTile, not a CpuTile"
-    assert why_illegal("dense", CpuTile(block_n=64), problem(), GFX1151) is None
-    assert why_illegal("dense", CpuTile(block_n=0), problem(), GFX1151) is not None
+    assert why_illegal("dense", DenseTile(workspace_mib=64), problem(), GFX1151) is None
+    assert why_illegal("dense", DenseTile(workspace_mib=0), problem(), GFX1151) is not None
 
 
 @pytest.mark.parametrize(("block_k", "group", "got"), [(128, 32, 32), (32, 128, 32), (64, 96, 32), (64, 16, 16)])

@@ -107,9 +107,11 @@ def _kernel(row: Row) -> Provider:
 def _packed_for(row: Row, weight: QuantizedWeight, act: torch.dtype, where: Device) -> PackedWeight:
     device = weight.codes.device
     problem = Problem(m=1, n=weight.n, k=weight.k, group=weight.group, act=ACT_NAMES[act], has_zeros=weight.has_zeros)
-    if layout_for(problem, where) in row.layouts:
+    here = [each for each in TABLE if each.stem == row.stem and (each.arch is None or where.arch.startswith(each.arch))]
+    reads = [layout for each in here for layout in each.layouts]
+    if layout_for(problem, where) in reads:
         return pack(weight, device=device, act=act)
-    return layouts.pack(weight, layout=row.layouts[0], act=act)
+    return layouts.pack(weight, layout=reads[0], act=act)
 
 
 def problem_of(weight: QuantizedWeight, x: Tensor) -> Problem:
@@ -130,7 +132,8 @@ PROVIDERS: dict[str, Provider] = {
         Provider(name="cublas", prepare=_dense, unsupported=lambda problem, device: None, dense=True),
         Provider(name="tinygemm", prepare=_tinygemm, unsupported=_tinygemm_unsupported),
         Provider(name="gemlite", prepare=_gemlite, unsupported=_needs("gemlite")),
-        *(_kernel(row) for row in TABLE if row.op == "linear"),
+        # dense_resident is cublas over a copy that is there already
+        *(_kernel(row) for row in TABLE if row.op == "linear" and row.stem != "dense_resident"),
     )
 }
 

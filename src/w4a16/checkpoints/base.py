@@ -147,7 +147,7 @@ def zeros_of(weight: QuantizedWeight) -> Tensor:
 def read_order(entry: Entry, plan: Plan) -> Tensor | None:
     """Act-order: the permutation that sorts the columns by `g_idx`, or None when they are in order already."""
     g_idx = entry.read().long()
-    trivial = torch.arange(plan.k, device="cpu") // plan.group
+    trivial = torch.arange(plan.k, device=g_idx.device) // plan.group
     if torch.equal(g_idx, trivial) or bool((g_idx == -1).all()):  # -1: written by early versions for "no order"
         return None
     low, high = int(g_idx.min()), int(g_idx.max())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -42,14 +42,18 @@ def convert(src: str | Path, dst: str | Path, to: str, *, progress: Callable[[in
             config=checkpoint.config,
             scheme=max(schemes, key=schemes.count, default=Scheme(CHANNEL, True)),
             items=items(),
-            ignore=_dense_modules(checkpoint),
+            ignore=dense_modules(checkpoint),
             extra_files_from=checkpoint.path,
         )
 
 
-def _dense_modules(checkpoint: Checkpoint) -> list[str]:
-    """Modules that may be Linear and hold a dense weight. Naming an embedding too does no harm."""
-    weights = [name for name in checkpoint.dense if name.endswith(".weight") and len(checkpoint.shape(name)) == 2]
+def dense_modules(checkpoint: Checkpoint, quantize: Collection[str] = ()) -> list[str]:
+    """Modules that may be Linear and hold a dense weight, those of `quantize` (names of tensors) apart.
+
+    A router is Linear to some engines and not to others; naming it does no harm, nor does naming an embedding.
+    """
+    dense = [name for name in checkpoint.dense if name not in quantize]
+    weights = [name for name in dense if name.endswith(".weight") and len(checkpoint.shape(name)) == 2]
     names = [name.removesuffix(".weight") for name in weights]
     if not any(name.rpartition(".")[2] == "lm_head" for name in (*names, *checkpoint.quantized)):
         names.append("lm_head")  # tied to the embedding: in no file, and yet a Linear

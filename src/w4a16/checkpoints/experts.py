@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import Unsupported
 from ..weight import CODES_PER_WORD, SYMMETRIC_ZERO, QuantizedWeight
+from .base import Plan
 from .bits import empty
 from .shards import bad
-
-if TYPE_CHECKING:
-    from .reader import Checkpoint
 
 Expert = tuple[int, str]  # its number and the projection
 EXPERT = re.compile(r"(.+\.experts)\.(\d{1,6})\.(gate_proj|up_proj|down_proj|w1|w2|w3)$")
@@ -23,9 +22,17 @@ EXPERT = re.compile(r"(.+\.experts)\.(\d{1,6})\.(gate_proj|up_proj|down_proj|w1|
 SPELLINGS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 
-def read_experts(
-    checkpoint: Checkpoint, prefix: str, found: Sequence[Expert]
-) -> tuple[QuantizedWeight, QuantizedWeight]:
+class Source(Protocol):
+    """Where modules are read from: a Checkpoint, or a Stream over it."""
+
+    path: Path
+
+    def plan(self, module: str) -> Plan: ...
+    def weight(self, module: str) -> QuantizedWeight: ...
+
+
+def expert_modules(path: Path, prefix: str, found: Sequence[Expert]) -> tuple[list[list[str]], list[list[str]]]:
+    """Names by expert: of gate and up, and of down."""
     gate, up, down = next(names for names in SPELLINGS if found[0][1] in names)
     numbers = range(1 + max(number for number, _ in found))
     upper = [[f"{prefix}.{number}.{gate}", f"{prefix}.{number}.{up}"] for number in numbers]
@@ -34,16 +41,16 @@ def read_experts(
     for number, projection in ((number, projection) for number in numbers for projection in (gate, up, down)):
         if (number, projection) not in known:
             module = f"{prefix}.{number}.{projection}"
-            raise bad(f"{checkpoint.path}: {module}", got="no 4-bit weight", wanted="one, as other experts have")
-    return _stack(checkpoint, upper), _stack(checkpoint, lower)
+            raise bad(f"{path}: {module}", got="no 4-bit weight", wanted="one, as other experts have")
+    return upper, lower
 
 
-def _stack(checkpoint: Checkpoint, experts: Sequence[Sequence[str]]) -> QuantizedWeight:
+def stack(checkpoint: Source, experts: Sequence[Sequence[str]]) -> QuantizedWeight:
     """One weight [E, N, K]; the modules of one expert lie one above the other."""
     first = checkpoint.plan(experts[0][0])
     rows = first.n * len(experts[0])
     lead = (len(experts), rows)
-    codes = empty(*lead, first.k // CODES_PER_WORD)
+    codes: Tensor | None = None
     scales: Tensor | None = None
     zeros: Tensor | None = None
     perm: Tensor | None = None
@@ -53,13 +60,15 @@ def _stack(checkpoint: Checkpoint, experts: Sequence[Sequence[str]]) -> Quantize
             _check_alike(checkpoint, module, experts[0][0])
             weight = checkpoint.weight(module)
             orders.append(weight.perm)
-            if scales is None:
-                scales = torch.empty((*lead, first.groups), dtype=weight.scales.dtype, device="cpu")
+            device = weight.codes.device
+            if codes is None or scales is None:
+                codes = empty(*lead, first.k // CODES_PER_WORD, device=device)
+                scales = torch.empty((*lead, first.groups), dtype=weight.scales.dtype, device=device)
             if scales.dtype != weight.scales.dtype:
                 raise bad(f"{checkpoint.path}: {module} scales", got=weight.scales.dtype, wanted=scales.dtype)
             if weight.zeros is not None and zeros is None:
                 # experts read before this one store none: theirs are the symmetric ones
-                zeros = torch.full((*lead, first.groups), SYMMETRIC_ZERO, dtype=torch.uint8, device="cpu")
+                zeros = torch.full((*lead, first.groups), SYMMETRIC_ZERO, dtype=torch.uint8, device=device)
             span = slice(row * first.n, (row + 1) * first.n)
             codes[index, span] = weight.codes
             scales[index, span] = weight.scales
@@ -68,13 +77,14 @@ def _stack(checkpoint: Checkpoint, experts: Sequence[Sequence[str]]) -> Quantize
         order = _shared_order(checkpoint, modules, orders)
         if order is not None:
             if perm is None:
-                perm = torch.arange(first.k, device="cpu").repeat(len(experts), 1)
+                perm = torch.arange(first.k, device=order.device).repeat(len(experts), 1)
             perm[index] = order
+    assert codes is not None
     assert scales is not None
     return QuantizedWeight(codes=codes, scales=scales, zeros=zeros, group=first.group, perm=perm)
 
 
-def _check_alike(checkpoint: Checkpoint, module: str, first: str) -> None:
+def _check_alike(checkpoint: Source, module: str, first: str) -> None:
     have, want = checkpoint.plan(module), checkpoint.plan(first)
     if (have.n, have.k, have.group) != (want.n, want.k, want.group):
         raise bad(
@@ -84,7 +94,7 @@ def _check_alike(checkpoint: Checkpoint, module: str, first: str) -> None:
         )
 
 
-def _shared_order(checkpoint: Checkpoint, modules: Sequence[str], orders: Sequence[Tensor | None]) -> Tensor | None:
+def _shared_order(checkpoint: Source, modules: Sequence[str], orders: Sequence[Tensor | None]) -> Tensor | None:
     if all(order is None for order in orders):
         return None
     first, *others = orders

@@ -17,7 +17,7 @@ from ..weight import QuantizedWeight
 from .awq import Awq
 from .base import Fields, Format, Parts, Plan
 from .compressed_tensors import CompressedTensors
-from .experts import EXPERT, Expert, read_experts
+from .experts import EXPERT, Expert, Source, expert_modules, stack
 from .gptq import Gptq
 from .shards import Entry, bad, read_entries, read_json
 
@@ -77,21 +77,33 @@ class Checkpoint:
             raise _unknown(self.path, module, self.quantized, "quantised module")
         return self._plans[module]
 
-    def weight(self, module: str) -> QuantizedWeight:
-        """A quantised module, its values checked."""
+    def weight(self, module: str, parts: Parts | None = None) -> QuantizedWeight:
+        """A quantised module, its values checked; `parts`: its entries, when they are read from elsewhere (Stream)."""
         plan = self.plan(module)
         assert self._reader is not None
         try:
-            return self._reader.read(self._parts[module], plan).check_values()
+            return self._reader.read(parts or self._parts[module], plan).check_values()
         except BadInput as error:
             codes = self._parts[module][self._reader.suffixes[0]]
             raise codes.bad("values", got=error, wanted="a sound weight") from error
 
-    def experts(self, prefix: str) -> tuple[QuantizedWeight, QuantizedWeight]:
+    def entries(self, name: str) -> dict[str, Entry]:
+        """The stored tensors of a quantised module by suffix, or of a dense tensor under the key ''."""
+        return dict(self._parts[name]) if name in self._parts else {"": self._dense(name)}
+
+    def experts(self, prefix: str, source: Source | None = None) -> tuple[QuantizedWeight, QuantizedWeight]:
         """All experts below `prefix`: gate above up [E, 2I, H], and down [E, H, I]."""
+        upper, lower = self._expert_modules(prefix)
+        return stack(source or self, upper), stack(source or self, lower)
+
+    def expert_modules(self, prefix: str) -> list[str]:
+        """The modules that `experts` reads, in its order."""
+        return [module for part in self._expert_modules(prefix) for modules in part for module in modules]
+
+    def _expert_modules(self, prefix: str) -> tuple[list[list[str]], list[list[str]]]:
         if prefix not in self.expert_prefixes:
             raise _unknown(self.path, prefix, self.expert_prefixes, "list of experts")
-        return read_experts(self, prefix, self._experts[prefix])
+        return expert_modules(self.path, prefix, self._experts[prefix])
 
     def _dense(self, name: str) -> Entry:
         if name not in self._rest:

@@ -6,6 +6,7 @@ as it is open, and a process dies of SIGBUS, without an exception, when such a f
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import mmap
@@ -74,15 +75,28 @@ class Entry:
         if not self.nbytes:
             return torch.empty(self.shape, dtype=DTYPES[self.dtype], device="cpu")
         buffer = memory(self.nbytes)
+        self.read_into(buffer)
+        return torch.frombuffer(buffer, dtype=DTYPES[self.dtype]).view(self.shape)
+
+    def read_into(self, buffer: bytearray | mmap.mmap | memoryview, start: int = 0) -> None:
+        """Fills `buffer` from byte `start` of the tensor on."""
+        wanted = memoryview(buffer)
         try:
-            with self.file.open("rb") as file:
-                file.seek(self.start)
-                got = file.readinto(buffer)
+            with self.file.open("rb", buffering=0) as file:
+                file.seek(self.start + start)
+                got = _fill(file, wanted)
         except OSError as error:
             raise self.bad("data", got=error.strerror, wanted="a readable file", then="Check the disk.") from None
-        if got != self.nbytes:
-            raise self.bad("data", got=f"{got} bytes before the file ended", wanted=f"{self.nbytes} bytes")
-        return torch.frombuffer(buffer, dtype=DTYPES[self.dtype]).view(self.shape)
+        if got != len(wanted):
+            raise self.bad("data", got=f"{start + got} bytes before the file ended", wanted=f"{self.nbytes} bytes")
+
+
+def _fill(file: io.FileIO, buffer: memoryview) -> int:
+    """Bytes read until the buffer is full or the file ends; one read gives at most 2 GiB."""
+    done = 0
+    while done < len(buffer) and (got := file.readinto(buffer[done:])):
+        done += got
+    return done
 
 
 def memory(nbytes: int) -> bytearray | mmap.mmap:

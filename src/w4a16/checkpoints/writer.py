@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,15 +10,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import BadInput, explain_mismatch
+from ..errors import BadInput, OverBudget, explain_mismatch
 from ..weight import QuantizedWeight
 from .base import CHANNEL, Format, Scheme
 from .reader import FORMATS, SIDE_FILES
 
 SHARD_BYTES = 2 << 30
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 CONFIGS = ("quantization_config", "compression_config")
@@ -62,9 +65,23 @@ def write_checkpoint(
         if target.exists():
             target.rmdir()
         partial.rename(target)
-    except BaseException:
+    except BaseException as error:
+        written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
         shutil.rmtree(partial, ignore_errors=True)
+        if _disk_full(error):
+            free = shutil.disk_usage(target.parent).free
+            raise OverBudget(
+                f"{target}: got a full disk after {written / 1e6:.1f} MB, wanted room for the whole model. Nothing is "
+                f"left behind; {free / 1e6:.1f} MB are free now. Free more, or write elsewhere."
+            ) from error
         raise
+
+
+def _disk_full(error: BaseException) -> bool:
+    """Whether `error` says so, in Python's words or in those of safetensors, which keeps the number of the system's."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    return isinstance(error, SafetensorError) and any(f"os error {code}" in str(error) for code in FULL)
 
 
 def find_format(name: str) -> type[Format]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..device import Device
 from ..dispatch import TABLE
-from ..layouts import SKINNY
+from ..layouts import SKINNY, SM90
 from ..problem import Problem
 from ..tuning.table import TuningRow, device_rows, row_for
 from ..tuning.tiles import TILES
@@ -63,7 +63,7 @@ def problems(op: str) -> Iterator[Problem]:
 
 def compiled_stems() -> list[str]:
     """The kernels of the dispatch table that Triton compiles: those that plan their launches."""
-    tiled = [row.stem for row in TABLE if SKINNY in row.layouts and row.stem in TILES]
+    tiled = dict.fromkeys(row.stem for row in TABLE if row.layouts[0] in (SKINNY, SM90) and row.stem in TILES)
     return [stem for stem in tiled if hasattr(importlib.import_module(f"..kernels.{stem}", __package__), "plan")]
 
 
@@ -98,7 +98,7 @@ def _reached(device: Device) -> Iterator[Case]:
     kernels = {row.stem: row for row in TABLE}
     for stem in compiled_stems():
         for problem in problems(kernels[stem].op):
-            if kernels[stem].unsupported(problem, device, SKINNY) is None:
+            if kernels[stem].unsupported(problem, device) is None:
                 yield Case(row=row_for(stem, problem, device), problem=problem)
 
 
@@ -107,7 +107,11 @@ def _code(case: Case, device: Device) -> tuple[Any, ...]:
     row, problem = case.row, case.problem
     planned = launches(row.stem, problem, device, row.tile)
     constants = [{k: v for k, v in launch.constants.items() if k not in _BY_SIZES} for launch in planned]
-    return row.stem, row.tile, problem.act, repr(constants)
+    tile = row.tile
+    if row.stem.startswith("sm90_"):  # two parts of K stand for more
+        tile = replace(tile, split_k=min(tile.split_k, 2))
+        constants = [{**sizes, "SPLIT": min(sizes["SPLIT"], 2)} for sizes in constants]
+    return row.stem, tile, problem.act, repr(constants)
 
 
-_BY_SIZES = ("GROUP", "BLOCK_K", "UNROLL_K", "EXPERTS", "TOP_K")
+_BY_SIZES = ("GROUP", "BLOCK_K", "UNROLL_K", "EXPERTS", "TOP_K", "TRIPS", "SLABS")

@@ -42,11 +42,9 @@ def classify(opcode: str, arch: str) -> str:
     return next(kind for pattern, kind in table if re.match(pattern, opcode))
 
 
-def matrix_share(opcodes: Counter[str], arch: str) -> float | None:
-    """The matrix-issue share (see isa.py); None off RDNA, or without matrix instructions."""
-    wmma = _WMMA_CYCLES.get(arch[:5])
-    if wmma is None:
-        return None
+def vector_port_cycles(opcodes: Counter[str], arch: str) -> tuple[int, int]:
+    """Cycles of RDNA's vector port that matrix instructions and all others take."""
+    wmma = _WMMA_CYCLES[arch[:5]]
     matrix = vector = 0
     for opcode, count in opcodes.items():
         kind = classify(opcode, arch)
@@ -54,6 +52,14 @@ def matrix_share(opcodes: Counter[str], arch: str) -> float | None:
             matrix += count * (wmma // 2 if "_iu4" in opcode else wmma)
         elif kind == VECTOR:
             vector += count * (4 if _QUARTER_RATE.match(opcode) else 1)
+    return matrix, vector
+
+
+def matrix_share(opcodes: Counter[str], arch: str) -> float | None:
+    """The matrix-issue share (see isa.py); None off RDNA, or without matrix instructions."""
+    if arch[:5] not in _WMMA_CYCLES:
+        return None
+    matrix, vector = vector_port_cycles(opcodes, arch)
     return matrix / (matrix + vector) if matrix else None
 
 

@@ -18,7 +18,7 @@ from .gfx11.launch import execute
 from .gfx11.machine import step_of
 from .gfx11.program import parse_program
 from .gfx11.table import TABLE
-from .verify import Call, checks, compile_call, prepare
+from .verify import MOST_FLIPPED, Call, checks, compile_call, prepare
 
 # Opcodes that one might mistake for each other; a mutant takes the other of a pair.
 SIBLINGS = (
@@ -118,8 +118,10 @@ def noticed(mutant: Mutant, which: int, call: Call, compiled: list[Compiled], bo
             execute(code, mutant.text if n == which else None, limit)
     except (Fault, UnknownInstruction) as fault:
         return str(fault)
-    error = call.error()
-    return None if error <= bound else f"relative error {error:.1e}"
+    error, flipped = call.error(), call.flipped()
+    if not error <= bound:
+        return f"relative error {error:.1e}"
+    return f"{flipped:.1%} of the outputs are not the known bits" if flipped > MOST_FLIPPED else None
 
 
 def mutation_check(device: Device, names: list[str], count: int, seed: int, show: Callable[[str], None]) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..layouts import EXLLAMA_ORDER, PackedWeight
 from ..weight import SYMMETRIC_ZERO
+from ._compiling import compiling
 
 F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 SHIFTS = tuple(4 * EXLLAMA_ORDER.index(i) for i in range(8))  # where value i of a word sits
@@ -73,8 +74,10 @@ def compile_task(task: Any) -> Any:
 
     numba's cache looks at the task's own file only, so the name carries what this file holds.
     """
+    kernel = task.__name__
     task.__qualname__ += f"_{_REVISION:08x}"
-    return cfunc(types.void(types.int64), cache=True, error_model="numpy")(task)
+    with compiling(kernel, "NUMBA_CACHE_DIR"):
+        return cfunc(types.void(types.int64), cache=True, error_model="numpy")(task)
 
 
 _REVISION = zlib.crc32(Path(__file__).read_bytes())

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
+
+from ..compat import launcher
+from ._compiling import compiling
 
 _ON_AMD = torch.version.hip is not None
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -21,6 +26,7 @@ class Launch:
     args       run-time arguments by name in the order of the signature: tensors, integers, floats, tensor descriptors
     constants  constexpr arguments by name, in the order of the signature, after all others
     options    num_warps, num_stages and the like; `compile_options` adds what every kernel here is compiled with
+    cluster    programs along x that Hopper places together (thread block cluster); `grid` counts clusters then
     Tensors may lie on the CPU or be meta: then the launch cannot run here, but it can be compiled or emulated.
     """
 
@@ -29,6 +35,7 @@ class Launch:
     args: dict[str, Any]
     constants: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
+    cluster: int = 1
 
     @property
     def compile_options(self) -> dict[str, Any]:
@@ -41,16 +48,22 @@ class Launch:
         Triton's own path binds, specialises and looks up by string, 20 us and more a call; a kernel that it compiled
         once is found here by what it specialises on, and launched directly.
         """
-        args, grid = self.args.values(), self.grid
+        assert [*self.args, *self.constants] == self.fn.arg_names
+        if knobs.runtime.interpret:
+            self.fn[self.grid](*self.args.values(), **self.constants, **self.compile_options)
+        else:
+            self.compiled()(self.grid, *self.args.values(), *self.constants.values())
+
+    def compiled(self) -> Callable[..., None]:
+        """The machine code on this device, as a function of the grid and all arguments."""
+        args = self.args.values()
         key = (id(self.fn), *map(_specialised, args), *self.constants.values(), *self.options.values())
-        kernel = _compiled.get(key)
-        if kernel is not None:
-            kernel[(*grid, 1, 1)[:3]](*args, *self.constants.values())
-            return
-        kernel = self.fn[grid](*args, **self.constants, **self.compile_options)
-        if kernel is not None:  # the interpreter compiles nothing
-            assert [*self.args, *self.constants] == self.fn.arg_names
-            _compiled[key] = kernel
+        launch = _compiled.get(key)
+        if launch is None:
+            with compiling(self.fn.__name__, "TRITON_CACHE_DIR"):
+                kernel = self.fn.warmup(*args, **self.constants, **self.compile_options, grid=self.grid)
+                launch = _compiled[key] = launcher(kernel, self.cluster)
+        return launch
 
 
 def _specialised(value: Any) -> Any:
@@ -60,4 +73,49 @@ def _specialised(value: Any) -> Any:
         return value.dtype, value.device.index, value.data_ptr() % 16 == 0, near
     if isinstance(value, int):
         return value == 1, value % 16 == 0, value < 1 << 31
+    if hasattr(value, "block_shape"):  # a descriptor of TMA
+        return value.base.dtype, value.base.device.index, *value.block_shape, value.layout
     return type(value)
+
+
+Again = Callable[[Tensor, Tensor], None]
+
+
+def repeat(launches: tuple[Launch, ...], *, out: Tensor, x: Tensor, fixed: Iterable[Tensor | None]) -> Again | None:
+    """(out, x) -> the same launches, for tensors of the same shapes, strides and alignment: no plan, no look-up.
+
+    fixed are the weight's tensors and the bias, held by address alone: whoever calls vouches that they are there.
+    What else the launches name is workspace, and new at every call. None where a launch needs more than addresses.
+    """
+    slots = {out.data_ptr(): 0, x.data_ptr(): 1}
+    addresses = {tensor.data_ptr() for tensor in fixed if tensor is not None}
+    spaces: list[tuple[torch.Size, torch.dtype]] = []
+    steps = []
+    for launch in launches:
+        values, fills = [*launch.args.values(), *launch.constants.values()], []
+        for i, value in enumerate(values):
+            if hasattr(value, "block_shape"):
+                return None
+            if not isinstance(value, Tensor):
+                continue
+            address = values[i] = value.data_ptr()
+            if address in addresses:
+                continue
+            if address not in slots:
+                slots[address] = 2 + len(spaces)
+                spaces.append((value.shape, value.dtype))
+            fills.append((i, slots[address]))
+        steps.append((launch.compiled(), launch.grid, values, fills))
+    if all(slot != 1 for _, _, _, fills in steps for _, slot in fills):
+        return None  # the plan copied x
+
+    def again(out: Tensor, x: Tensor) -> None:
+        held = [out.new_empty(shape, dtype=dtype) for shape, dtype in spaces]
+        pointers = [out.data_ptr(), x.data_ptr(), *[space.data_ptr() for space in held]]
+        for run, grid, template, fills in steps:
+            values = template.copy()
+            for i, slot in fills:
+                values[i] = pointers[slot]
+            run(grid, *values)
+
+    return again

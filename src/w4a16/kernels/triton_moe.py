@@ -189,22 +189,28 @@ def plan(
     y = out.new_empty((tokens * top_k, w2.n), dtype=torch.float32)
     gemm1 = _gemm(hidden, x, w13, routing, shares if weight_input else None, top_k, activation, gated, tile)
     gemm2 = _gemm(y, hidden, w2, routing, None, 1, None, False, tile)
-    sums = Launch(
+    sums = token_sums(out, y, ids, None if weight_input else shares, w13.experts)
+    return gemm1, gemm2, sums
+
+
+def token_sums(out: Tensor, y: Tensor, ids: Tensor, shares: Tensor | None, experts: int) -> Launch:
+    """out [T, N]: the sums over the slots y [T * top_k, N] of each token, times their shares [T, top_k]."""
+    tokens, top_k = ids.shape
+    return Launch(
         fn=_token_sums,
-        grid=(tokens, triton.cdiv(w2.n, SUM_BLOCK_N)),
+        grid=(tokens, triton.cdiv(y.shape[1], SUM_BLOCK_N)),
         args={
             "out_ptr": out,
             "y_ptr": y,
             "ids_ptr": ids,
-            "shares_ptr": None if weight_input else shares,
-            "N": w2.n,
+            "shares_ptr": shares,
+            "N": y.shape[1],
             "out_stride": out.stride(0),
             "y_stride": y.stride(0),
         },
-        constants={"EXPERTS": w13.experts, "TOP_K": top_k, "BLOCK_N": SUM_BLOCK_N},
+        constants={"EXPERTS": experts, "TOP_K": top_k, "BLOCK_N": SUM_BLOCK_N},
         options={"num_warps": 4},
     )
-    return gemm1, gemm2, sums
 
 
 def _gemm(

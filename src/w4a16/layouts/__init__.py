@@ -21,6 +21,7 @@ from .exllama import (
 )
 from .int4pack import INT4PACK, INT4PACK_ROWS, int4pack_group, int4pack_rows, pack_int4pack, unpack_int4pack
 from .packed import PackedWeight
+from .sm90 import SM90, pack_sm90, unpack_sm90
 
 __all__ = [
     "EXLLAMA",
@@ -29,6 +30,7 @@ __all__ = [
     "INT4PACK_ROWS",
     "LAYOUTS",
     "SKINNY",
+    "SM90",
     "PackedWeight",
     "int4pack_group",
     "int4pack_rows",
@@ -41,6 +43,7 @@ LAYOUTS = {
     EXLLAMA: (pack_exllama, unpack_exllama),
     SKINNY: (pack_skinny, unpack_skinny),
     INT4PACK: (pack_int4pack, unpack_int4pack),
+    SM90: (pack_sm90, unpack_sm90),
 }
 
 

@@ -15,6 +15,7 @@ class PackedWeight:
     codes, scales, zeros  tensors whose meaning the layout defines; zeros None when symmetric
     perm                  int64 [..., K] or None (act-order): column j multiplies input channel perm[j]
     n, k, group           of the weight as the checkpoint has it
+    dense                 [N, K] or None: a dequantised copy for prefill, columns as in codes (dense_cache.py)
     The activation dtype is the scales'.
     """
 
@@ -26,6 +27,7 @@ class PackedWeight:
     n: int
     k: int
     group: int
+    dense: Tensor | None = None
 
     @property
     def act(self) -> torch.dtype:
@@ -42,7 +44,7 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.codes, self.scales, self.zeros, self.perm)
+        tensors = (self.codes, self.scales, self.zeros, self.perm)  # the copy is counted apart
         return sum(t.nbytes for t in tensors if t is not None)
 
     def to(self, device: torch.device | str) -> PackedWeight:
@@ -53,6 +55,7 @@ class PackedWeight:
             scales=self.scales.to(device),
             zeros=None if self.zeros is None else self.zeros.to(device),
             perm=None if self.perm is None else self.perm.to(device),
+            dense=None,  # made for the device it lies on, under that one's budget
         )
 
     def expert(self, index: int) -> PackedWeight:

@@ -14,6 +14,8 @@ from transformers.utils.logging import tqdm
 from ..api import pack
 from ..checkpoints import FORMATS, Checkpoint, Scheme
 from ..checkpoints.base import CHANNEL
+from ..checkpoints.stream import Stream
+from ..device import within_memory
 from ..errors import BadCheckpoint, Unsupported
 from ..layouts import unpack
 from ..nn import W4A16Experts, W4A16Linear
@@ -21,6 +23,7 @@ from ..reference import ACTIVATIONS
 from ..weight import QuantizedWeight
 from ._names import private
 from ._places import Places, some
+from ._tp import Shards
 
 SKIPPED = "w4a16::quantised"  # the name under which transformers meets every tensor that it shall leave to us
 CALL = ["self", "hidden_states", "top_k_index", "top_k_weights"]
@@ -103,15 +106,25 @@ def raise_if_missing(model: Any, where: object) -> None:
     model._adjust_missing_and_unexpected_keys = check
 
 
-def fill(model: Any, checkpoint: Checkpoint, places: Places, dtype: torch.dtype) -> None:
-    """Reads, packs and moves one module after another to where the model's device map wants it."""
-    for name in tqdm([*places.linears, *places.experts], desc="Packing weights"):
-        module, device = model.get_submodule(name), _device(model, name)
-        if name in places.linears:
-            module.set(pack(checkpoint.weight(places.linears[name]), device=device, act=dtype))
-        else:
-            w13, w2 = checkpoint.experts(places.experts[name].prefix)
-            module.set(pack(w13, device=device, act=dtype), pack(w2, device=device, act=dtype))
+def fill(model: Any, checkpoint: Checkpoint, places: Places, dtype: torch.dtype, shards: Shards) -> None:
+    """Reads one module after another, cuts it, packs it where the model's device map wants it, while the next are read.
+
+    Raises OverBudget when memory runs out, with the name of the module.
+    """
+    devices = {name: _device(model, name) for name in (*places.linears, *places.experts)}
+    items = [(module, devices[name]) for name, module in places.linears.items()]
+    for name, found in places.experts.items():
+        items += [(module, devices[name]) for module in checkpoint.expert_modules(found.prefix)]
+    with Stream(checkpoint, items) as stream:
+        for at, name in enumerate(tqdm(devices, desc="Packing weights")):
+            module, device = model.get_submodule(name), devices[name]
+            with within_memory(f"{name}, weight {at + 1} of {len(devices)}", device):
+                if name in places.linears:
+                    weight = shards.linear(name, stream.weight(places.linears[name]))
+                    module.set(pack(weight, device=device, act=dtype))
+                else:
+                    w13, w2 = shards.experts(name, *checkpoint.experts(places.experts[name].prefix, stream))
+                    module.set(pack(w13, device=device, act=dtype), pack(w2, device=device, act=dtype))
 
 
 def _device(model: Any, name: str) -> torch.device:

@@ -38,7 +38,7 @@ class Places:
     experts  block in the model to its names on disk
     renamed  names of all quantised modules as transformers' loader sees them, after its renames
     biased   those of `renamed` whose bias is a parameter of the model
-    dense    names on disk of the Linear modules that stay dense
+    dense    names on disk of the modules that stay dense and may be Linear, as a router is to some engines
     """
 
     linears: dict[str, str] = field(default_factory=dict)
@@ -74,7 +74,7 @@ def find_places(model: Any, checkpoint: Checkpoint) -> Places:
         if key not in modules:
             if name not in state:
                 stray.append(key)
-            elif source is None and key.endswith(".weight") and isinstance(_owner(model, name), nn.Linear):
+            elif source is None and key.endswith(".weight") and state[name].ndim == 2:
                 places.dense.append(key.removesuffix(".weight"))
             continue
         renamed = api.rename_source_key(key, renamings, [])[0].removesuffix(".weight")

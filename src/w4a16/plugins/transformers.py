@@ -20,11 +20,14 @@ from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoints import open_checkpoint
+from ..dense_cache import cache_loaded
 from ..errors import BadInput, Unsupported, explain_mismatch
 from ..problem import ACT_NAMES
+from ..residency import report
 from ._layers import fill, packed_state, raise_if_missing, skip_quantized, swap
 from ._names import private
 from ._places import find_places
+from ._tp import drop_expert_tensors, prepare, shards_of
 
 FORMATS = ("awq", "gptq", "compressed-tensors")
 
@@ -76,15 +79,18 @@ class W4A16Quantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         if not checkpoint_files:
             raise Unsupported("got a state dict, wanted a folder: w4a16 reads packed weights from files.")
-        if getattr(model.config, "distributed_config", None) is not None:
-            raise Unsupported("got a tensor-parallel plan, wanted one process a model. Use the vLLM plugin.")
         self.folder, self.dtype = Path(checkpoint_files[0]).parent, dtype or model.dtype
         with open_checkpoint(self.folder) as checkpoint:
             self.places = find_places(model, checkpoint)
         swap(model, self.places, self.dtype)
+        prepare(model, self.places)
         raise_if_missing(model, self.folder)
         # before 5.22 the loader leaves a renamed tensor of a pre-quantised model in the dtype that it has on disk
         self.pre_quantized = hasattr(HfQuantizer, "get_new_dtype")
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        super().update_parallel_plan(model, plan)
+        drop_expert_tensors(plan, self.places)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         return [*weight_conversions, skip_quantized(self.places)]
@@ -92,12 +98,16 @@ class W4A16Quantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         self.pre_quantized = True
         with open_checkpoint(self.folder) as checkpoint:
-            fill(model, checkpoint, self.places, self.dtype)
+            fill(model, checkpoint, self.places, self.dtype, shards_of(model))
+        cache_loaded(model)
+        type(model).w4a16_report = report  # a bound function in the model would keep it alive until a collection
 
     def is_serializable(self) -> bool:
         return True
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        if shards_of(model).world > 1:
+            raise Unsupported("got one rank's part of a model to save, wanted all of it. Save from one process.")
         state, scheme = packed_state(model, self.places)
         model.config.quantization_config = self.quantization_config = W4A16Config(scheme)
         return state, {}

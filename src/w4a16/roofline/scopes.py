@@ -18,6 +18,7 @@ from .. import env
 from ..device import is_capturing, nvtx_range
 from ..moe.route import choose_block
 from ..problem import Problem
+from ..tuning.gfx11_tiles import Gfx11Tile
 from ..tuning.tiles import MoeTile
 from .labels import LAYER, label, parse
 
@@ -68,7 +69,7 @@ def moe_facts(topk_ids: Tensor, problem: Problem, intermediate: int, tile: objec
     ids = topk_ids.flatten().long()
     load = torch.bincount(ids[(ids >= 0) & (ids < problem.experts)], minlength=problem.experts).cpu()
     facts |= {"n_routed": int(load.sum()), "experts": int((load > 0).sum())}
-    if isinstance(tile, MoeTile):
+    if isinstance(tile, (MoeTile, Gfx11Tile)):
         block = choose_block(problem.m, problem.top_k, problem.experts, tile.block_m)
         facts |= _blocks(load, block)
     return facts

@@ -19,13 +19,14 @@ from __future__ import annotations
 import functools
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
 
 from ..device import Device
 from ..errors import Unsupported
 from ..problem import Problem
+from .sm90_tiles import Sm90DecodeTile, Sm90PrefillTile, decode_split, prefill_splits, sm90_us
 from .tiles import TILES
 
 _CONDITIONS: dict[str, Callable[[Any, Problem, Device], bool]] = {
@@ -63,6 +64,10 @@ class TuningRow:
     use: bool = True
     conditions: dict[str, Any] = field(default_factory=dict, hash=False)
 
+    def split(self, split_k: int) -> TuningRow:
+        """The same row, K split."""
+        return replace(self, tile=replace(self.tile, split_k=split_k))
+
     def covers(self, problem: Problem, device: Device) -> bool:
         return self.use and all(_CONDITIONS[name](v, problem, device) for name, v in self.conditions.items())
 
@@ -96,11 +101,24 @@ def device_rows(stem: str, device: Device) -> Iterator[TuningRow]:
         yield from (row for row in rows_of(table) if row.stem == stem)
 
 
+def covering_row(stem: str, problem: Problem, device: Device) -> TuningRow | None:
+    """The first row of kernel `stem` that covers the problem, None when there is none; for Hopper's prefill the row
+    that a model of its time finds fastest. A split of K that the row leaves open is settled here.
+    """
+    rows = [row for row in device_rows(stem, device) if row.covers(problem, device)]
+    if not rows or not isinstance(rows[0].tile, Sm90DecodeTile | Sm90PrefillTile) or rows[0].tile.split_k:
+        return rows[0] if rows else None
+    if isinstance(rows[0].tile, Sm90DecodeTile):
+        return rows[0].split(decode_split(rows[0].tile, problem, device))
+    choices = [row.split(split) for row in rows for split in prefill_splits(row.tile, problem, device)]
+    return min(choices, key=lambda row: sm90_us(row.tile, problem, device))
+
+
 def row_for(stem: str, problem: Problem, device: Device) -> TuningRow:
     """The row that gives kernel `stem` its tile. Raises Unsupported when none covers the problem."""
-    for row in device_rows(stem, device):
-        if row.covers(problem, device):
-            return row
+    row = covering_row(stem, problem, device)
+    if row is not None:
+        return row
     raise Unsupported(
         f"no tuning row of {stem} covers m={problem.m} n={problem.n} k={problem.k} group={problem.group} on "
         f"{device.arch}. Add one to tuning/{device.arch}.toml or tuning/{device.family}.toml."

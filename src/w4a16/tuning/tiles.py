@@ -7,6 +7,8 @@ from typing import Any
 
 from ..device import Device
 from ..problem import Problem
+from .gfx11_tiles import Gfx11Tile, gfx11_limit
+from .sm90_tiles import Sm90DecodeTile, Sm90PrefillTile, sm90_limit
 
 # Forms of dequantisation and the activation dtypes each serves; kernels/_dequant.py says what they compute.
 DEQUANTS = {
@@ -18,6 +20,7 @@ DEQUANTS = {
     "group_scale": ("bf16", "fp16"),
     "group_sum": ("bf16", "fp16"),
 }
+DENSE_ROWS = 64  # of W, the fewest that dense dequantises at a time: whole tiles of BLAS
 SMALLEST_BLOCK = 16  # of one matrix instruction
 LONGEST_SUM = 256  # columns of a group whose offset may cancel against sums of x in fp32 (triton_decode)
 
@@ -27,6 +30,22 @@ class CpuTile:
     """block_n: rows of W handled at a time, so that what they dequantise to stays in cache."""
 
     block_n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseTile:
+    """Rows of W are dequantised workspace_mib at a time (at least DENSE_ROWS); `first`: before the fused kernels."""
+
+    workspace_mib: int
+    first: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidentTile:
+    """The copy of W is in `dtype` (`act`: that of the activations), rows pad_bytes longer where 2048 divides them."""
+
+    dtype: str = "act"
+    pad_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +99,15 @@ class MoeTile:
 TILES: dict[str, type[Any]] = {
     "cpu_decode": CpuTile,
     "cpu_prefill": CpuTile,
-    "dense": CpuTile,
+    "dense": DenseTile,
+    "dense_resident": ResidentTile,
     "triton_prefill": PrefillTile,
     "triton_decode": DecodeTile,
     "triton_moe": MoeTile,
+    "sm90_decode": Sm90DecodeTile,
+    "sm90_prefill": Sm90PrefillTile,
+    "gfx11_prefill": Gfx11Tile,
+    "gfx11_moe": Gfx11Tile,
 }
 
 
@@ -104,17 +128,31 @@ def why_illegal(stem: str, tile: Any, problem: Problem, device: Device) -> str |
         return f"{stem} takes a {TILES[stem].__name__}, not a {type(tile).__name__}"
     if isinstance(tile, CpuTile):
         return None if tile.block_n > 0 else f"block_n must be positive, not {tile.block_n}"
+    if isinstance(tile, DenseTile):
+        return None if tile.workspace_mib > 0 else f"workspace_mib must be positive, not {tile.workspace_mib}"
+    if isinstance(tile, ResidentTile):
+        return _resident_limit(tile)
+    if isinstance(tile, Sm90DecodeTile | Sm90PrefillTile):
+        return sm90_limit(tile, problem, device)
     sizes = {name: value for name, value in vars(tile).items() if isinstance(value, int) and name not in _FREE}
     for name, value in sizes.items():
         if value < 1 or value & (value - 1):
             return f"{name} must be a power of two, not {value}"
     if tile.warps > _MAX_WARPS:
         return f"warps must be at most {_MAX_WARPS}, not {tile.warps}"
+    if isinstance(tile, Gfx11Tile):
+        return gfx11_limit(tile, problem, device)
     if not 1 <= tile.stages <= _MAX_STAGES:
         return f"stages must be 1 to {_MAX_STAGES}, not {tile.stages}"
     if isinstance(tile, DecodeTile):
         return _decode_limit(tile, problem, device)
     return (_moe_limit if isinstance(tile, MoeTile) else _matrix_limit)(tile, problem, device)
+
+
+def _resident_limit(tile: ResidentTile) -> str | None:
+    if tile.dtype not in ("act", "fp32"):
+        return f"dtype must be act or fp32, not {tile.dtype}"
+    return None if tile.pad_bytes % 16 == 0 else f"pad_bytes must be a multiple of 16, not {tile.pad_bytes}"
 
 
 _FREE = ("stages", "weight_first", "pinned", "ahead")  # fields that need not be powers of two

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..compile import Compiled
 from .faults import UnknownInstruction
+from .lds import Meter
 from .machine import LIMIT, Machine
 from .memory import Array, Memory
 from .program import Program, parse_program
@@ -27,11 +28,14 @@ class Execution:
     executed: int
 
 
-def execute(compiled: Compiled, text: str | None = None, limit: int = LIMIT) -> Execution:
-    """Runs the machine code of a Launch whose tensors lie on the CPU; `text` replaces its assembly."""
+def execute(compiled: Compiled, text: str | None = None, limit: int = LIMIT, meter: Meter | None = None) -> Execution:
+    """Runs the machine code of a Launch whose tensors lie on the CPU; `text` replaces its assembly.
+
+    `meter` counts what LDS does.
+    """
     program = parse_program(compiled.asm["amdgcn"] if text is None else text)
     memory, storages = Memory(), {}
-    machine = Machine(program, limit)
+    machine = Machine(program, limit, meter)
     given = runtime_arguments(compiled)
     tensors = [(name, value) for name, value in given if isinstance(value, Tensor) and value.numel()]
     for _, tensor in tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,9 +17,32 @@ Array = NDArray[Any]
 NOBODY, SEVERAL = -1, -2
 
 
+BANKS, BANK_BYTES = 32, 4  # of a CU: 128 bytes a clock
+
+
+class Meter:
+    """LDS cycles by instruction: `cycles[pc]` of all the waves that executed it, `waves[pc]` how many those were."""
+
+    def __init__(self) -> None:
+        self.cycles: Counter[int] = Counter()
+        self.waves: Counter[int] = Counter()
+
+    def count(self, gang: Gang, address: Array, size: int) -> None:
+        """As many lanes as make up 128 bytes go at once; of those, each bank serves one word a cycle."""
+        at_once = BANKS * BANK_BYTES // max(size, BANK_BYTES)
+        start = np.broadcast_to(address, gang.active.shape).astype(np.int64)
+        words = start[..., None] // BANK_BYTES + np.arange(max(1, size // BANK_BYTES))
+        for wave, active in zip(words, gang.active, strict=True):
+            for first in range(0, len(active), at_once):
+                lanes = slice(first, first + at_once)
+                distinct = np.unique(wave[lanes][active[lanes]])
+                self.cycles[gang.pc] += int(np.bincount(distinct % BANKS, minlength=1).max())
+        self.waves[gang.pc] += gang.count
+
+
 class Lds:
-    def __init__(self, groups: int, size: int) -> None:
-        self.size = size
+    def __init__(self, groups: int, size: int, meter: Meter | None = None) -> None:
+        self.size, self.meter = size, meter
         self._data = np.zeros(groups * size, np.uint8)
         self._written = np.zeros(groups * size, bool)
         self._writer = np.full(groups * size, NOBODY, np.int16)
@@ -30,6 +54,8 @@ class Lds:
 
     def load(self, gang: Gang, address: Array, size: int) -> Array:
         """uint8 [waves, 32, size]."""
+        if self.meter:
+            self.meter.count(gang, address, size)
         data = np.zeros((*gang.active.shape, size), np.uint8)
         at, wave = self._index(gang, address, size)
         if not self._written[at].all():
@@ -46,6 +72,8 @@ class Lds:
         return data
 
     def store(self, gang: Gang, address: Array, data: Array) -> None:
+        if self.meter:
+            self.meter.count(gang, address, data.shape[-1])
         at, wave = self._index(gang, address, data.shape[-1])
         new, writer, reader = data[gang.active], self._writer[at], self._reader[at]
         same = (self._data[at] == new) & self._written[at]  # replicated layouts store equal bytes from several waves

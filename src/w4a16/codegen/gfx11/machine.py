@@ -21,7 +21,7 @@ from . import (  # noqa: F401  (fill the table)
 from .control import BARRIER, BRANCHES, CONTROL, END
 from .faults import Fault, UnknownInstruction
 from .lanes import with_dpp
-from .lds import Lds
+from .lds import Lds, Meter
 from .memory import Memory
 from .program import Instruction, Program
 from .state import LANES, Array, Gang
@@ -35,8 +35,8 @@ KERNEL_ARGUMENTS = 0  # the SGPR pair that points to them
 class Machine:
     """A program ready to run. `executed` counts wave-instructions."""
 
-    def __init__(self, program: Program, limit: int = LIMIT) -> None:
-        self.program, self.limit, self.executed = program, limit, 0
+    def __init__(self, program: Program, limit: int = LIMIT, meter: Meter | None = None) -> None:
+        self.program, self.limit, self.meter, self.executed = program, limit, meter, 0
         self._steps = [step_of(instruction) for instruction in program.instructions]
 
     def run(self, memory: Memory, arguments: int, grid: tuple[int, ...], waves: int, lds_bytes: int) -> None:
@@ -46,7 +46,7 @@ class Machine:
         size = max(1, BATCH_WAVES // waves)
         for start in range(0, len(groups), size):
             batch = np.array(groups[start : start + size])
-            lds = Lds(len(batch), max(lds_bytes, self.program.lds_bytes))
+            lds = Lds(len(batch), max(lds_bytes, self.program.lds_bytes), self.meter)
             wave = np.tile(np.arange(waves), len(batch))
             slot = np.repeat(np.arange(len(batch)), waves)
             gang = Gang(wave, slot, memory, lds, self.program.scratch_bytes, seed=start)

@@ -203,8 +203,8 @@ def _compare(f: Callable[[Array, Array], Array], read: Any, short: bool) -> Any:
     return build
 
 
-def _save_exec(f: Callable[[Array, Array], Array]) -> Any:
-    """EXEC = f(source, EXEC); the destination takes the old EXEC."""
+def _save_exec(f: Callable[[Array, Array], Array], gives_new: bool = False) -> Any:
+    """EXEC = f(source, EXEC); the destination takes the old EXEC, or the new one (wrexec)."""
 
     def build(i: Instruction) -> Step:
         source, into = u32(i.operands[1]), i.operands[0].index
@@ -212,7 +212,7 @@ def _save_exec(f: Callable[[Array, Array], Array]) -> Any:
         def step(gang: Gang) -> None:
             old = gang.s[EXEC].copy()
             gang.write_scalar(EXEC, f(source(gang), old))
-            gang.write_scalar(into, old)
+            gang.write_scalar(into, gang.s[EXEC].copy() if gives_new else old)
             gang.s[SCC] = gang.s[EXEC] != 0
 
         return step
@@ -272,6 +272,8 @@ TABLE.update({name: _with_nonzero_64(f, True) for name, f in _SHIFTS_64.items()}
 TABLE.update({name: _unary(*entry) for name, entry in _UNARY.items()})
 TABLE.update({f"s_{name}_saveexec_b32": _save_exec(_LOGIC[name]) for name in ("and", "or", "xor", "and_not1")})
 TABLE["s_and_not0_saveexec_b32"] = _save_exec(lambda a, b: ~a & b)
+TABLE["s_and_not0_wrexec_b32"] = _save_exec(lambda a, b: ~a & b, gives_new=True)
+TABLE["s_and_not1_wrexec_b32"] = _save_exec(_LOGIC["and_not1"], gives_new=True)
 TABLE.update({f"s_cmp_{name}_i32": _compare(f, i32, False) for name, f in _COMPARE.items()})
 TABLE.update({f"s_cmp_{name}_u32": _compare(f, u32, False) for name, f in _COMPARE.items()})
 TABLE.update({f"s_cmpk_{name}_i32": _compare(f, i32, True) for name, f in _COMPARE.items()})

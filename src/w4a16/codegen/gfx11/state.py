@@ -116,6 +116,7 @@ class Gang:
         self.v, self.s = (np.concatenate(pair, 1) for pair in ((self.v, other.v), (self.s, other.s)))
         self.scratch = np.concatenate((self.scratch, other.scratch))
         self.written = np.concatenate((self.written, other.written))
+        self.readable = np.concatenate((self.readable, other.readable))
         self.waves = np.concatenate((self.waves, other.waves))
         self.groups = np.concatenate((self.groups, other.groups))
         self.set_active(np.concatenate((self.active, other.active)))

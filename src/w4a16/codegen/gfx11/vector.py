@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .numbers import clamped, fused, half_towards_zero, maximum, median, minimum
-from .operands import Reader, f16, f32, i32, i64, mask, u32, u64
+from .operands import Reader, f16, f32, i32, i64, mask, u16, u32, u64
 from .program import Instruction
 from .state import VCC, Gang
 from .table import TABLE, Array, Step, define, destination, refuse, value
@@ -143,6 +143,7 @@ CONVERSIONS: dict[str, tuple[Function, Callable[..., Reader]]] = {
     "v_cvt_f32_i32": (lambda a: a.astype(F32), i32),
     "v_cvt_f32_u32": (lambda a: a.astype(F32), u32),
     "v_cvt_f32_f16": (lambda a: a.astype(F32), f16),
+    "v_cvt_u32_u16": (lambda a: a.astype(U32), u16),
     "v_cvt_u32_f32": (_to_integer(0, (1 << 32) - 1, U32), f32),
     "v_cvt_i32_f32": (_to_integer(-(1 << 31), (1 << 31) - 1, I32), f32),
     "v_cvt_f32_ubyte0": (lambda a: (a & U32(0xFF)).astype(F32), u32),

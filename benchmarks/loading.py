@@ -1,0 +1,218 @@
+"""Loads a synthetic checkpoint of 8B size onto a GPU: time against reading its files and copying them, peak memory.
+
+python benchmarks/loading.py [--format compressed-tensors] [--layers 32] [--device cuda] [--folder DIR] [--cold]
+
+Each measurement runs in a process of its own, `--repeat` times, from the page cache or with --cold from the disk; the
+best counts. "read + copy" is what any loader has to do: as many threads as ours read 64 MiB pieces into pinned memory,
+each copied to the GPU while others are read. "modules" reads, packs and keeps every layer; "transformers" is
+`w4a16.load`, if transformers is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import w4a16
+from w4a16.checkpoints import FORMATS, Scheme, open_checkpoint, write_checkpoint
+from w4a16.checkpoints.stream import READERS, Stream
+from w4a16.nn import W4A16Linear
+from w4a16.weight import QuantizedWeight
+
+HIDDEN, INTERMEDIATE, KV, VOCAB, GROUP = 4096, 14336, 1024, 128256, 128  # Llama 3 8B, its head tied
+PIECE = 64 << 20
+SHARD_BYTES = 1 << 30
+SHAPES = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (KV, HIDDEN),
+    "self_attn.v_proj": (KV, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+}
+NORMS = ("input_layernorm", "post_attention_layernorm")
+GOAL = "goal: at most 1.3 x read + copy, at most packed + 1 GB"
+
+
+def random_weight(n: int, k: int) -> QuantizedWeight:
+    grid = (n, k // GROUP)
+    return QuantizedWeight(
+        codes=torch.randint(-(1 << 31), (1 << 31) - 1, (n, k // 8), dtype=torch.int32),
+        scales=torch.rand(grid).mul(0.01).add(0.001).bfloat16(),
+        zeros=torch.randint(0, 16, grid, dtype=torch.uint8),
+        group=GROUP,
+    )
+
+
+def items(layers: int) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+    """Every layer holds the same numbers: loading does not look at them."""
+    weights = {name: random_weight(*shape) for name, shape in SHAPES.items()}
+    yield "model.embed_tokens.weight", torch.randn(VOCAB, HIDDEN, dtype=torch.bfloat16)
+    yield "model.norm.weight", torch.ones(HIDDEN, dtype=torch.bfloat16)
+    for layer in range(layers):
+        for name, weight in weights.items():
+            yield f"model.layers.{layer}.{name}", weight
+        for name in NORMS:
+            yield f"model.layers.{layer}.{name}.weight", torch.ones(HIDDEN, dtype=torch.bfloat16)
+
+
+def make(folder: Path, form: str, layers: int) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "vocab_size": VOCAB,
+        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
+    }  # fmt: skip
+    write_checkpoint(
+        folder,
+        format=form,
+        config=config,
+        scheme=Scheme(GROUP, False),
+        items=items(layers),
+        shard_bytes=SHARD_BYTES,
+        ignore=["lm_head"],
+    )
+
+
+def finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def read_and_copy(folder: Path, device: torch.device) -> int:
+    """Bytes that end up on the device."""
+    files = sorted(folder.glob("*.safetensors"))
+    pieces = [(file, start) for file in files for start in range(0, file.stat().st_size, PIECE)]
+    pinned = device.type == "cuda"
+
+    def read(piece: tuple[Path, int]) -> tuple[Tensor, int]:
+        buffer = torch.empty(PIECE, dtype=torch.uint8, pin_memory=pinned)
+        with piece[0].open("rb", buffering=0) as file:
+            file.seek(piece[1])
+            return buffer, file.readinto(buffer.numpy()) or 0
+
+    total = 0
+    kept = []
+    with ThreadPoolExecutor(READERS) as pool:
+        waiting = [pool.submit(read, piece) for piece in pieces[:READERS]]
+        for at in range(len(pieces)):
+            buffer, size = waiting[at].result()
+            waiting[at] = None  # type: ignore[call-overload]
+            kept.append(buffer[:size].to(device, non_blocking=True))
+            total += size
+            if at + READERS < len(pieces):
+                waiting.append(pool.submit(read, pieces[at + READERS]))
+    finish(device)
+    return total
+
+
+def load_modules(folder: Path, device: torch.device) -> int:
+    """Every layer as W4A16Linear, every other tensor as it is."""
+    kept: list[object] = []
+    size = 0
+    with open_checkpoint(folder) as checkpoint:
+        names = [*checkpoint.dense, *checkpoint.quantized]
+        with Stream(checkpoint, [(name, device) for name in names]) as stream:
+            for name in checkpoint.dense:
+                kept.append(stream.tensor(name))
+                size += kept[-1].nbytes  # type: ignore[attr-defined]
+            for name in checkpoint.quantized:
+                packed = w4a16.pack(stream.weight(name), device=device, act=torch.bfloat16)
+                kept.append(W4A16Linear.of(packed))
+                size += packed.nbytes
+    finish(device)
+    return size
+
+
+def load_transformers(folder: Path, device: torch.device) -> int:
+    model = w4a16.load(str(folder), device, dtype=torch.bfloat16)
+    finish(device)
+    return sum(model.w4a16_report().bytes.values())
+
+
+WORK: dict[str, Callable[[Path, torch.device], int]] = {
+    "read + copy": read_and_copy,
+    "modules": load_modules,
+    "transformers": load_transformers,
+}
+
+
+def drop_cache(files: list[Path]) -> None:
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(what: str, folder: Path, device: torch.device) -> None:
+    """In a process of its own; prints one line of JSON."""
+    peak = 0
+    if device.type == "cuda":
+        torch.zeros(1, device=device).sum().item()  # the driver's start belongs to no loader
+        torch.cuda.reset_peak_memory_stats()
+    before, start = torch.cuda.memory_allocated() if device.type == "cuda" else 0, time.perf_counter()
+    size = WORK[what](folder, device)
+    seconds = time.perf_counter() - start
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() - before
+    print(json.dumps({"seconds": seconds, "bytes": size, "peak": peak}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--format", choices=FORMATS, default="compressed-tensors")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is kept, and found the next time")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before every run")
+    parser.add_argument("--measure", choices=WORK, help="only this, in this process")
+    args = parser.parse_args()
+    if args.measure:
+        return measure(args.measure, args.folder, torch.device(args.device))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary) / "model"
+        if not folder.exists():
+            make(folder, args.format, args.layers)
+        files = sorted(folder.glob("*.safetensors"))
+        total = sum(file.stat().st_size for file in files)
+        print(f"{args.format}, {args.layers} layers, {total / 1e9:.3f} GB in {len(files)} files; {GOAL}", flush=True)
+        baseline = 0.0
+        for what in WORK:
+            if what == "transformers" and find_spec("transformers") is None:
+                print("transformers  is not installed")
+                continue
+            command = [sys.executable, __file__, "--measure", what, "--folder", str(folder), "--device", args.device]
+            runs = []
+            for _ in range(args.repeat):
+                if args.cold:
+                    drop_cache(files)
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+                runs.append(json.loads(done.stdout.splitlines()[-1]))
+            best = min(runs, key=lambda run: run["seconds"])
+            line = f"{what:<13} {best['seconds']:6.2f} s, {total / best['seconds'] / 1e9:5.2f} GB/s of files"
+            if what == "read + copy":
+                baseline = best["seconds"]
+            else:
+                more = (max(run["peak"] for run in runs) - best["bytes"]) / 1e9
+                line += f", {best['seconds'] / baseline:.2f} x read + copy"
+                if args.device != "cpu":
+                    line += f", resident {best['bytes'] / 1e9:.2f} GB, peak {more:+.2f} GB over it"
+            print(line, flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""vLLM's own benchmarks with w4a16 and without: same seed, repetitions interleaved, a verdict only beyond the spread.
+
+Every repetition starts a fresh engine, the order turning each time (on off, off on, ...), so that a machine that slows
+down or speeds up over the minutes does so to both.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..env import with_plugin
+from ..errors import Unsupported
+
+VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
+START_S, STOP_S, TAIL = 1800, 30, 1500
+LEAST_REPEATS = 3  # fewer say nothing about the spread
+ON, OFF = "w4a16", "vLLM alone"
+Figures = Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One number of vLLM's result file."""
+
+    key: str
+    name: str
+    more_is_better: bool = False
+
+
+METRICS = {
+    "serve": (
+        Metric(key="median_ttft_ms", name="TTFT ms"),
+        Metric(key="median_tpot_ms", name="TPOT ms"),
+        Metric(key="median_itl_ms", name="ITL ms"),
+        Metric(key="output_throughput", name="tokens/s", more_is_better=True),
+    ),
+    "latency": (Metric(key="avg_latency", name="latency s"),),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What is asked of the engine. `engine` are further arguments of `vllm serve` or `vllm bench latency`."""
+
+    model: str
+    kind: str
+    input_len: int
+    output_len: int
+    prompts: int
+    seed: int
+    engine: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One metric: medians and spreads (largest less smallest) of both sides, and what follows."""
+
+    name: str
+    on: float
+    off: float
+    spread_on: float
+    spread_off: float
+    verdict: str
+
+
+def order(repeats: int) -> Iterator[bool]:
+    """With w4a16 or without, run by run."""
+    for repeat in range(repeats):
+        first = repeat % 2 == 0
+        yield first
+        yield not first
+
+
+def measure(load: Load, repeats: int, once: Callable[[Load, bool], Figures]) -> dict[bool, list[Figures]]:
+    """The figures of every run by side."""
+    found: dict[bool, list[Figures]] = {True: [], False: []}
+    for on in order(repeats):
+        found[on].append(once(load, on))
+    return found
+
+
+def compare(found: Mapping[bool, Sequence[Figures]], metrics: Sequence[Metric]) -> list[Row]:
+    return [
+        _row(metric, *([figures[metric.key] for figures in found[on]] for on in (True, False))) for metric in metrics
+    ]
+
+
+def _row(metric: Metric, on: list[float], off: list[float]) -> Row:
+    middle_on, middle_off = statistics.median(on), statistics.median(off)
+    spread_on, spread_off = max(on) - min(on), max(off) - min(off)
+    difference = middle_on - middle_off
+    if min(len(on), len(off)) < LEAST_REPEATS:
+        verdict = f"none: {LEAST_REPEATS} repetitions say what the spread is"
+    elif abs(difference) <= max(spread_on, spread_off):
+        verdict = "no difference beyond the spread"
+    else:
+        better = ON if (difference > 0) == metric.more_is_better else OFF
+        verdict = f"{better} is {max(middle_on, middle_off) / min(middle_on, middle_off):.2f}x better"
+    return Row(
+        name=metric.name, on=middle_on, off=middle_off, spread_on=spread_on, spread_off=spread_off, verdict=verdict
+    )
+
+
+def run_once(load: Load, on: bool) -> Figures:
+    """One run of vLLM's benchmark in processes of its own; raises Unsupported with the end of the log when it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        result, log = Path(folder, "result.json"), Path(folder, "log")
+        if load.kind == "latency":
+            _run(_latency(load, result), on, log)
+        else:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            _serve(load, on, port, result, log)
+        figures: Figures = json.loads(result.read_text(encoding="utf-8"))
+        return figures
+
+
+def _latency(load: Load, result: Path) -> list[str]:
+    lengths = ["--input-len", str(load.input_len), "--output-len", str(load.output_len)]
+    runs = ["--batch-size", str(load.prompts), "--num-iters", "3", "--num-iters-warmup", "1", "--seed", str(load.seed)]
+    return [
+        *VLLM, "bench", "latency", "--model", load.model, *lengths, *runs, "--output-json", str(result), *load.engine,
+    ]  # fmt: skip
+
+
+def _bench(load: Load, port: int, result: Path) -> list[str]:
+    where = ["--backend", "vllm", "--host", "127.0.0.1", "--port", str(port), "--model", load.model]
+    what = ["--dataset-name", "random", "--ignore-eos", "--temperature", "0", "--disable-tqdm"]
+    sizes = ["--random-input-len", str(load.input_len), "--random-output-len", str(load.output_len)]
+    count = ["--num-prompts", str(load.prompts), "--num-warmups", "2", "--seed", str(load.seed)]
+    into = ["--save-result", "--result-dir", str(result.parent), "--result-filename", result.name]
+    return [*VLLM, "bench", "serve", *where, *what, *sizes, *count, *into]
+
+
+def _serve(load: Load, on: bool, port: int, result: Path, log: Path) -> None:
+    command = [*VLLM, "serve", load.model, "--host", "127.0.0.1", "--port", str(port), "--seed", str(load.seed)]
+    with log.open("w") as out:
+        server = subprocess.Popen([*command, *load.engine], stdout=out, stderr=out, env=with_plugin(on))
+        try:
+            _wait(server, port, on, log)
+            _run(_bench(load, port, result), on, log.with_name("client"))
+        finally:
+            server.send_signal(signal.SIGINT)
+            try:
+                server.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+def _wait(server: subprocess.Popen[bytes], port: int, on: bool, log: Path) -> None:
+    until = time.monotonic() + START_S
+    while time.monotonic() < until and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise _failed(on, log)
+
+
+def _run(command: Sequence[str], on: bool, log: Path) -> None:
+    with log.open("w") as out:
+        done = subprocess.run(command, stdout=out, stderr=out, env=with_plugin(on), check=False)
+    if done.returncode:
+        raise _failed(on, log)
+
+
+def _failed(on: bool, log: Path) -> Unsupported:
+    tail = log.read_text(encoding="utf-8", errors="replace")[-TAIL:]
+    side = "with w4a16" if on else "without w4a16 (W4A16_VLLM=0), so there is nothing to compare with"
+    return Unsupported(f"vLLM failed {side}. The end of its log:\n{tail}")

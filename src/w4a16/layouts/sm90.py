@@ -1,0 +1,98 @@
+"""SM90: tiles of 64 rows x 64 columns, each thread's operand of Hopper's matrix instructions in one 16-byte piece.
+
+codes   int32 [ceil(N/64), ceil(K/64) * 512]: a tile is 2 KiB. Thread t of a warpgroup owns its bytes [16t, 16t + 16):
+        one word for each step of 16 columns. With t = 32 w + 4 r + c, word j holds the codes of rows 16 w + 8 a + r and
+        columns 16 j + 8 b + 2 c + d at bit 4 (2 b + a) + 16 d, so that (word >> 4 i) & 0x000F000F is register i of the
+        first operand of wgmma m64k16 and of mma m16n8k16, as two 16-bit lanes.
+scales  [groups, ceil(N/64) * 64] in the activation dtype; of every 16 rows, row 8 a + r stands at 2 r + a, so that a
+        thread reads both of its rows at once
+zeros   uint8 [groups, ceil(N/64) * 64], rows as in scales, or None
+
+Rows and columns past N and K are zero codes under zero scales. groups is K/G, with as many more as the last tile of
+columns needs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import Unsupported
+from ..weight import CODES_PER_WORD, QuantizedWeight, pack_nibbles, unpack_nibbles
+from .packed import PackedWeight
+
+SM90 = "SM90"
+TILE = 64  # rows, and columns, of a tile
+TILE_WORDS = TILE * TILE // CODES_PER_WORD
+BLOCK_TILES = 1 << 12  # tiles packed at a time: temporaries of some hundred MB at most
+
+
+def sm90_group(group: int, k: int) -> str | None:
+    """Why a weight of this group size cannot be packed, or None."""
+    if group == 32 or group % TILE == 0 or (group == k and group % 16 == 0):
+        return None
+    return f"group must be 32, a multiple of {TILE} or all of K (and that a multiple of 16), not {group}"
+
+
+def sm90_groups(group: int, k: int) -> int:
+    """Rows of scales: the groups that whole tiles of columns take."""
+    return 1 if group == k else -(-k // TILE) * TILE // group
+
+
+def pack_sm90(weight: QuantizedWeight, act: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    n, k = weight.n, weight.k
+    why = sm90_group(weight.group, k)
+    if why:
+        raise Unsupported(f"layout {SM90}: {why}.")
+    lead = weight.codes.shape[:-2]
+    rows, columns = -(-n // TILE), -(-k // TILE)
+    codes = weight.codes.new_empty((*lead, rows, columns * TILE_WORDS))
+    step = max(1, BLOCK_TILES // columns)
+    for plain, packed in zip(weight.codes.view(-1, n, k // 8), codes.view(-1, *codes.shape[-2:]), strict=True):
+        for start in range(0, rows, step):
+            block = unpack_nibbles(plain[start * TILE : (start + step) * TILE])
+            packed[start : start + step] = _tiled(_padded(block, columns * TILE, min(step, rows - start) * TILE))
+    groups = sm90_groups(weight.group, k)
+    scales = _rows_paired(_padded(weight.scales.to(act), groups, rows * TILE))
+    zeros = None if weight.zeros is None else _rows_paired(_padded(weight.zeros, groups, rows * TILE))
+    return codes, scales, zeros
+
+
+def unpack_sm90(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+    n, k = packed.n, packed.k
+    lead, rows = packed.codes.shape[:-2], packed.codes.shape[-2]
+    words = packed.codes.view(-1, rows, packed.codes.shape[-1])
+    codes = torch.stack([_untiled(block)[:n, :k] for block in words]).view(*lead, n, k)
+    groups = k // packed.group
+    scales = _rows_in_order(packed.scales)[..., :n, :groups].contiguous()
+    zeros = None if packed.zeros is None else _rows_in_order(packed.zeros)[..., :n, :groups].contiguous()
+    return pack_nibbles(codes), scales, zeros
+
+
+def _padded(grid: Tensor, columns: int, rows: int) -> Tensor:
+    return torch.nn.functional.pad(grid, (0, columns - grid.shape[-1], 0, rows - grid.shape[-2]))
+
+
+def _tiled(codes: Tensor) -> Tensor:
+    """uint8 [R, C] of whole tiles -> int32 [R/64, C/64 * 512]."""
+    parts = codes.view(len(codes) // TILE, 4, 2, 8, codes.shape[1] // TILE, 4, 2, 4, 2)  # R w a r, C j b c d
+    words = parts.permute(0, 4, 1, 3, 7, 5, 8, 6, 2)  # R C w r c j, d b a
+    return pack_nibbles(words.reshape(len(codes) // TILE, -1))
+
+
+def _untiled(words: Tensor) -> Tensor:
+    """int32 [R/64, C/64 * 512] -> uint8 [R, C]."""
+    parts = unpack_nibbles(words).view(len(words), -1, 4, 8, 4, 4, 2, 2, 2)  # R C w r c j, d b a
+    return parts.permute(0, 2, 8, 3, 1, 5, 7, 4, 6).reshape(len(words) * TILE, -1)
+
+
+def _rows_paired(grid: Tensor) -> Tensor:
+    """[..., N, groups] -> [..., groups, N] with rows r and r + 8 of every 16 side by side."""
+    paired: Tensor = grid.unflatten(-2, (-1, 2, 8)).transpose(-3, -2).flatten(-4, -2)
+    return paired.transpose(-1, -2).contiguous()
+
+
+def _rows_in_order(grid: Tensor) -> Tensor:
+    """The inverse of `_rows_paired`."""
+    ordered: Tensor = grid.transpose(-1, -2).unflatten(-2, (-1, 8, 2)).transpose(-3, -2).flatten(-4, -2)
+    return ordered

@@ -1,0 +1,137 @@
+"""Tiles of the Gluon kernels of Hopper, what its registers and shared memory allow, and how K is split for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..device import Device
+from ..problem import Problem
+
+COLUMNS = 64  # of a tile of layout SM90, and rows
+MOST_CLUSTER = 8  # programs of a cluster on every Hopper GPU
+SPLITS = (1, 2, 3, 4, 6, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sm90DecodeTile:
+    """16 * warps rows of W a program.
+
+    depth      tiles of 64 columns on their way, in registers
+    split_k    programs of a cluster that share K; 0: as many as fill the SMs
+    slabs      of x (depth tiles wide) that shared memory holds whole; more than these pass through a ring of three
+    residents  programs an SM holds at a time, by the registers they take
+    registers  the most a thread may have; 0: as many as the compiler likes
+    """
+
+    warps: int = 4
+    depth: int = 8
+    split_k: int = 0
+    slabs: int = 3
+    residents: int = 5
+    registers: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sm90PrefillTile:
+    """One program computes [block_m, 64 * warpgroups] at a time.
+
+    block_k     columns of K between two waits for the matrix units
+    stages      tiles of x and of codes, 64 columns each, in the ring
+    residents   programs an SM holds at a time
+    split_k     parts of K; 0: as many as end first (`sm90_us`)
+    step_ns     measured: 64 columns of K, on every SM
+    """
+
+    block_m: int
+    warpgroups: int
+    block_k: int
+    stages: int
+    residents: int = 1
+    split_k: int = 0
+    step_ns: float = 0.0
+
+
+# Of the time of a launch, fitted to 120 measurements (docs/measured.md, #7): microseconds, and per byte of the parts.
+WAVE_US, ADD_US, ADD_US_PER_BYTE, FULL_US = 1.78, 2.44, 0.236e-6, 2.16
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def sm90_us(tile: Sm90PrefillTile, problem: Problem, device: Device) -> float:
+    """Predicted microseconds, but for a constant: whole waves of programs, and adding the parts where K is split."""
+    units = cdiv(problem.m, tile.block_m) * cdiv(problem.n, COLUMNS * tile.warpgroups) * tile.split_k
+    slots = device.compute_units * tile.residents
+    steps = cdiv(cdiv(problem.k, tile.block_k), tile.split_k) * (tile.block_k // COLUMNS)
+    us = cdiv(units, slots) * (WAVE_US + steps * tile.step_ns * 1e-3)
+    if tile.split_k == 1:
+        return us
+    parts = 8 * tile.split_k * problem.m * problem.n  # bytes written and read
+    # With no SM to spare, nothing of the next launch overlaps this one.
+    return us + ADD_US + parts * ADD_US_PER_BYTE + (FULL_US if units > 0.8 * slots else 0.0)
+
+
+def prefill_splits(tile: Sm90PrefillTile, problem: Problem, device: Device) -> Iterable[int]:
+    """Numbers of parts worth a thought: at most one wave of programs, 512 columns a part."""
+    units = cdiv(problem.m, tile.block_m) * cdiv(problem.n, COLUMNS * tile.warpgroups)
+    for split in SPLITS:
+        if split == 1 or (units * split <= device.compute_units * tile.residents and problem.k >= 512 * split):
+            yield split
+
+
+def decode_split(tile: Sm90DecodeTile, problem: Problem, device: Device) -> int:
+    """The parts of K that end first: three programs of an SM keep its memory busy, and too many wait in turn."""
+    blocks, tiles = cdiv(problem.n, 16 * tile.warps), cdiv(problem.k, COLUMNS)
+
+    def cost(split: int) -> float:
+        a_sm = cdiv(blocks * split, device.compute_units)
+        rounds = cdiv(a_sm, tile.residents)
+        busy = min(a_sm, tile.residents)
+        return rounds * busy * cdiv(tiles, split) / min(busy, 3)
+
+    splits = [split for split in (1, 2, 4, 8) if split <= max(1, tiles // tile.depth)]
+    return min(splits, key=cost)
+
+
+def sm90_limit(tile: Sm90DecodeTile | Sm90PrefillTile, problem: Problem, device: Device) -> str | None:
+    """None when `tile` may run `problem` on `device`, else one sentence."""
+    if device.arch != "sm90":
+        return f"its instructions are those of sm90; this is {device.arch}"
+    if tile.split_k < 1:
+        return "split_k is settled by tuning rows alone: give a number of parts"
+    return _decode_limit(tile, problem) if isinstance(tile, Sm90DecodeTile) else _prefill_limit(tile, device)
+
+
+def _decode_limit(tile: Sm90DecodeTile, problem: Problem) -> str | None:
+    if problem.m > 16:
+        return f"m must be at most 16, not {problem.m}"
+    if tile.warps not in (4, 8, 16):
+        return f"warps must be 4, 8 or 16, not {tile.warps}"
+    if tile.depth not in (2, 4, 8, 16):
+        return f"depth must be 2, 4, 8 or 16, not {tile.depth}"
+    if tile.split_k not in (1, 2, 4, 8):
+        return f"split_k must be 1, 2, 4 or 8 (a cluster has at most {MOST_CLUSTER} programs), not {tile.split_k}"
+    return None if tile.slabs >= 3 else f"slabs must be at least 3, not {tile.slabs}"
+
+
+def _prefill_limit(tile: Sm90PrefillTile, device: Device) -> str | None:
+    if tile.block_m not in (8, 16, 32, 64, 128, 256):
+        return f"block_m must be a power of two of 8 to 256, not {tile.block_m}"
+    if tile.warpgroups not in (1, 2, 3):
+        return f"warpgroups must be 1, 2 or 3, not {tile.warpgroups}"
+    if tile.block_k not in (64, 128, 256) or tile.stages < 2 * tile.block_k // COLUMNS:
+        return f"block_k must be 64, 128 or 256 and the ring two of them: block_k={tile.block_k}, stages={tile.stages}"
+    shared = sm90_shared_bytes(tile)
+    if shared * tile.residents > device.shared_bytes:
+        return f"{shared} bytes of shared memory x {tile.residents}, {device.arch} has {device.shared_bytes}"
+    return None
+
+
+def sm90_shared_bytes(tile: Sm90PrefillTile) -> int:
+    """The ring (x, codes, scales and zero points of groups of 32, barriers) and the output on its way out."""
+    weight = COLUMNS * COLUMNS // 2 + 2 * 256
+    stage = 2 * COLUMNS * tile.block_m + tile.warpgroups * weight + 16
+    out = 0 if tile.split_k > 1 else 2 * COLUMNS * tile.block_m * tile.warpgroups
+    return tile.stages * stage + out + 1024

@@ -1,0 +1,158 @@
+"""Hopper without one: layout SM90 value by value, and how its tiles and the parts of K are chosen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import random_weight
+
+from w4a16 import Problem, Unsupported
+from w4a16.device import known_device
+from w4a16.dispatch import TABLE, choose, layout_for
+from w4a16.layouts import SKINNY, SM90, pack, unpack
+from w4a16.layouts.sm90 import TILE_WORDS
+from w4a16.tuning.sm90_tiles import (
+    Sm90DecodeTile,
+    Sm90PrefillTile,
+    decode_split,
+    prefill_splits,
+    sm90_shared_bytes,
+    sm90_us,
+)
+from w4a16.tuning.table import rows_of, tile_for
+from w4a16.tuning.tiles import why_illegal
+from w4a16.weight import unpack_nibbles
+
+H100 = known_device("sm90")
+TILE = Sm90PrefillTile(block_m=128, warpgroups=2, block_k=128, stages=8, step_ns=400.0)
+
+
+def problem(m: int = 16, n: int = 4096, k: int = 4096, group: int = 128, **fields: object) -> Problem:
+    return Problem(**{"m": m, "n": n, "k": k, "group": group, "act": "bf16", "has_zeros": False, **fields})
+
+
+@pytest.mark.parametrize("asym", [False, True])
+@pytest.mark.parametrize(
+    ("n", "k", "group"), [(64, 64, 64), (72, 96, 32), (200, 384, 128), (8, 48, 48), (264, 4112, 4112)]
+)
+def test_pack_and_unpack(n: int, k: int, group: int, asym: bool) -> None:
+    weight = random_weight(n, k, group=group, asym=asym)
+    again = unpack(pack(weight, layout=SM90))
+    assert torch.equal(again.codes, weight.codes)
+    assert torch.equal(again.scales, weight.scales)
+    assert (again.zeros is None) == (weight.zeros is None)
+    assert weight.zeros is None or torch.equal(again.zeros, weight.zeros)
+
+
+def test_every_code_lies_where_the_operand_of_a_thread_wants_it() -> None:
+    weight = random_weight(136, 192, group=64)
+    packed, codes = pack(weight, layout=SM90), unpack_nibbles(weight.codes)
+    words = torch.zeros((3, 3 * TILE_WORDS), dtype=torch.int64)
+    for tile in range(9):
+        for thread in range(128):
+            w, r, c = thread // 32, thread % 32 // 4, thread % 4
+            for j, a, b, d in torch.cartesian_prod(*(torch.arange(size) for size in (4, 2, 2, 2))).tolist():
+                row, column = tile // 3 * 64 + 16 * w + 8 * a + r, tile % 3 * 64 + 16 * j + 8 * b + 2 * c + d
+                code = int(codes[row, column]) if row < 136 else 0
+                words[tile // 3, tile % 3 * TILE_WORDS + thread * 4 + j] |= code << (4 * (2 * b + a) + 16 * d)
+    assert torch.equal(packed.codes, torch.where(words >= 1 << 31, words - (1 << 32), words).int())
+
+
+def test_scales_of_rows_eight_apart_lie_side_by_side() -> None:
+    weight = random_weight(40, 96, group=32, asym=True)
+    packed = pack(weight, layout=SM90)
+    assert packed.zeros is not None
+    assert weight.zeros is not None
+    assert packed.scales.shape == packed.zeros.shape == (4, 64)
+    for row in range(40):
+        place = row // 16 * 16 + row % 8 * 2 + row % 16 // 8
+        assert torch.equal(packed.scales[:3, place], weight.scales[row])
+        assert torch.equal(packed.zeros[:3, place], weight.zeros[row])
+    assert packed.scales.sum() == packed.scales[:3].sum()
+
+
+def test_experts_pack_one_after_the_other() -> None:
+    weights = [random_weight(24, 64, group=32, asym=True) for _ in range(3)]
+    stacked = replace(
+        weights[0],
+        codes=torch.stack([w.codes for w in weights]),
+        scales=torch.stack([w.scales for w in weights]),
+        zeros=torch.stack([w.zeros for w in weights]),
+    )
+    packed = pack(stacked, layout=SM90)
+    for i, weight in enumerate(weights):
+        assert torch.equal(packed.expert(i).codes, pack(weight, layout=SM90).codes)
+        assert torch.equal(packed.expert(i).scales, pack(weight, layout=SM90).scales)
+
+
+@pytest.mark.parametrize(("group", "k"), [(16, 64), (48, 96), (24, 24)])
+def test_groups_that_tiles_cannot_hold_are_refused_and_served_by_triton(group: int, k: int) -> None:
+    weight = random_weight(16, k, group=group)
+    with pytest.raises(Unsupported, match=f"not {group}"):
+        pack(weight, layout=SM90)
+    if group % 16 == 0:
+        assert layout_for(problem(n=16, k=k, group=group), H100) == SKINNY
+
+
+def test_one_layout_serves_every_row_count_and_experts_keep_theirs() -> None:
+    served = {m: choose(problem(m=m), H100, SM90).row.stem for m in (1, 16, 17, 65536)}
+    assert served == {1: "sm90_decode", 16: "sm90_decode", 17: "sm90_prefill", 65536: "sm90_prefill"}
+    assert layout_for(problem(experts=8, top_k=2), H100) == SKINNY
+    assert layout_for(problem(n=4100), H100) == SKINNY
+    row = next(row for row in TABLE if row.stem == "sm90_prefill")
+    assert row.unsupported(problem(n=4100), H100) == "n must be a multiple of 8, not 4100"
+
+
+@pytest.mark.parametrize(("n", "k"), [(24576, 4096), (4096, 12288), (1024, 2048), (8, 64), (152064, 8192)])
+@pytest.mark.parametrize("m", [1, 5, 16, 17, 33, 100, 129, 512, 4096, 65536])
+def test_every_problem_gets_a_legal_tile_whose_k_is_split(n: int, k: int, m: int) -> None:
+    for group in (32, 64, 128, k):
+        if k % group == 0:
+            p = problem(m=m, n=n, k=k, group=group, has_zeros=True)
+            choice = choose(p, H100)
+            assert why_illegal(choice.row.stem, choice.tile, p, H100) is None
+            assert choice.tile.split_k >= 1
+
+
+def test_k_is_split_where_tiles_are_fewer_than_sms() -> None:
+    assert tile_for("sm90_prefill", problem(m=32), H100).split_k > 1
+    assert tile_for("sm90_prefill", problem(m=2048, n=24576), H100).split_k == 1
+    assert decode_split(Sm90DecodeTile(), problem(m=1, n=4096), H100) == 8
+    assert decode_split(Sm90DecodeTile(), problem(m=1, n=24576), H100) == 1
+    assert decode_split(Sm90DecodeTile(), problem(m=1, n=64, k=64, group=64), H100) == 1
+    assert list(prefill_splits(TILE, problem(m=128, k=1024), H100)) == [1, 2]
+
+
+def test_predicted_time_grows_by_whole_waves() -> None:
+    one = sm90_us(replace(TILE, split_k=1), problem(m=128, n=128 * 132), H100)
+    assert sm90_us(replace(TILE, split_k=1), problem(m=100, n=128), H100) == one
+    assert sm90_us(replace(TILE, split_k=1), problem(m=128, n=128 * 133), H100) == 2 * one
+
+
+@pytest.mark.parametrize(
+    ("tile", "sentence"),
+    [
+        (Sm90DecodeTile(), "split_k is settled"),
+        (Sm90DecodeTile(split_k=3), "split_k must be 1, 2, 4 or 8"),
+        (Sm90DecodeTile(split_k=1, warps=2), "warps must be 4"),
+        (Sm90DecodeTile(split_k=1, depth=3), "depth must be"),
+        (Sm90DecodeTile(split_k=1, slabs=1), "slabs must be at least 3"),
+        (replace(TILE, split_k=1, block_m=48), "block_m must be"),
+        (replace(TILE, split_k=1, warpgroups=4), "warpgroups must be"),
+        (replace(TILE, split_k=1, stages=2), "block_k must be"),
+        (replace(TILE, split_k=1, stages=12), "bytes of shared memory"),
+    ],
+)
+def test_limits_say_what_they_want(tile: Sm90DecodeTile | Sm90PrefillTile, sentence: str) -> None:
+    stem = "sm90_decode" if isinstance(tile, Sm90DecodeTile) else "sm90_prefill"
+    assert sentence in (why_illegal(stem, tile, problem(), H100) or "")
+    assert "sm80" in (why_illegal(stem, tile, problem(), known_device("sm80")) or "")
+
+
+def test_rows_of_the_table_fit_shared_memory() -> None:
+    tiles = [row.tile for row in rows_of("sm90") if row.stem == "sm90_prefill"]
+    for tile in tiles:
+        assert tile.step_ns > 0
+        assert sm90_shared_bytes(replace(tile, split_k=1)) * tile.residents <= H100.shared_bytes

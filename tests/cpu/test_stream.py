@@ -1,0 +1,106 @@
+"""Reading ahead by threads gives what reading one by one gives, in order, within its bytes, and stops when left."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import RECIPES, make_checkpoint
+from w4a16 import BadCheckpoint, BadInput, QuantizedWeight
+from w4a16.checkpoints import Checkpoint, open_checkpoint, stream
+from w4a16.checkpoints.stream import Stream
+
+CPU = torch.device("cpu")
+
+
+def same(a: QuantizedWeight, b: QuantizedWeight) -> bool:
+    pairs = [(a.codes, b.codes), (a.scales, b.scales), (a.zeros, b.zeros), (a.perm, b.perm)]
+    return a.group == b.group and all(x is y or torch.equal(x, y) for x, y in pairs)  # type: ignore[arg-type]
+
+
+def threads() -> int:
+    return sum(thread.name.startswith("w4a16-read") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("readers", "ahead"), [(0, 1), (3, 1), (3, 1 << 20)])
+def test_what_one_by_one_gives(
+    recipe: str, readers: int, ahead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "AHEAD_BYTES", ahead)
+    made = make_checkpoint("qwen3_moe", RECIPES[recipe], tmp_path / "model")
+    checkpoint = open_checkpoint(made.folder)
+    (block, *_) = checkpoint.expert_prefixes
+    linears = [name for name in checkpoint.quantized if ".experts." not in name]
+    names = [*linears, *checkpoint.dense, *checkpoint.expert_modules(block)]
+    with Stream(checkpoint, [(name, CPU) for name in names], readers=readers) as reading:
+        for name in linears:
+            assert same(reading.weight(name), checkpoint.weight(name))
+        for name in checkpoint.dense:
+            assert torch.equal(reading.tensor(name), checkpoint.tensor(name))
+        for got, wanted in zip(checkpoint.experts(block, reading), checkpoint.experts(block), strict=True):
+            assert same(got, wanted)
+    assert threads() == 0
+
+
+def opened(tmp_path: Path) -> Checkpoint:
+    return open_checkpoint(make_checkpoint("qwen3", RECIPES["gptq"], tmp_path / "model").folder)
+
+
+@pytest.mark.parametrize("readers", [0, 2])
+def test_another_order_is_refused(readers: int, tmp_path: Path) -> None:
+    checkpoint = opened(tmp_path)
+    first, second = checkpoint.quantized[:2]
+    with Stream(checkpoint, [(first, CPU), (second, CPU)], readers=readers) as reading:
+        with pytest.raises(BadInput, match=f"got {second}, wanted {first}"):
+            reading.weight(second)
+        with pytest.raises(BadInput, match="wanted"):
+            reading.weight("no such module")
+    with Stream(checkpoint, [], readers=readers) as reading, pytest.raises(BadInput, match="wanted the end"):
+        reading.weight(first)
+
+
+def test_no_more_bytes_wait_than_may_and_large_tensors_come_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = opened(tmp_path)
+    monkeypatch.setattr(stream, "AHEAD_BYTES", 1000)
+    monkeypatch.setattr(stream, "PIECE_BYTES", 256)
+    names = [*checkpoint.dense, *checkpoint.quantized]
+    with Stream(checkpoint, [(name, CPU) for name in names], readers=2) as reading:
+        for name in names:
+            if name in checkpoint.dense:
+                assert torch.equal(reading.tensor(name), checkpoint.tensor(name))
+            else:
+                assert same(reading.weight(name), checkpoint.weight(name))
+            waiting = [piece.stop - piece.start for piece in reading._waiting]
+            assert max(waiting, default=0) <= 256
+            assert sum(waiting) == reading._waiting_bytes < 1000 + 256
+
+
+def test_a_reader_that_fails_raises_where_the_weight_is_asked_for(tmp_path: Path) -> None:
+    checkpoint = opened(tmp_path)
+    names = checkpoint.quantized
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"short")
+    with (
+        Stream(checkpoint, [(name, CPU) for name in names], readers=2) as reading,
+        pytest.raises(BadCheckpoint, match="bytes before the file ended"),
+    ):
+        reading.weight(names[0])
+    assert threads() == 0
+
+
+def test_leaving_early_stops_the_threads(tmp_path: Path) -> None:
+    checkpoint = opened(tmp_path)
+
+    def leave() -> None:
+        with Stream(checkpoint, [(name, CPU) for name in checkpoint.quantized], readers=2) as reading:
+            reading.weight(checkpoint.quantized[0])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        leave()
+    assert threads() == 0

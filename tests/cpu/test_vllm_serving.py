@@ -1,0 +1,106 @@
+"""serve-bench: interleaved repetitions, and a verdict only where the difference exceeds the spread."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from test_cli import invoke
+from typer.testing import CliRunner
+
+import w4a16.bench.serving as serving
+from w4a16.bench.serving import Load, Metric, compare, measure, order, run_once
+from w4a16.cli import app
+from w4a16.errors import BadInput, Unsupported
+
+LATENCY = Metric(key="t", name="t")
+SPEED = Metric(key="t", name="t", more_is_better=True)
+LOAD = Load(model="m", kind="latency", input_len=8, output_len=4, prompts=2, seed=3, engine=("--enforce-eager",))
+
+FAKE = """
+import json, os, sys
+arguments = sys.argv[1:]
+if os.environ["W4A16_VLLM"] == "0" and "--refuse" in arguments:
+    sys.exit("this vLLM cannot")
+with open(arguments[arguments.index("--output-json") + 1], "w") as out:
+    json.dump({"avg_latency": 1.0 if os.environ["W4A16_VLLM"] == "1" else 2.0, "argv": arguments}, out)
+"""
+
+
+def test_the_order_turns() -> None:
+    assert list(order(3)) == [True, False, False, True, True, False]
+
+
+def test_measure_calls_in_that_order() -> None:
+    sides: list[bool] = []
+
+    def once(load: Load, on: bool) -> dict[str, float]:
+        sides.append(on)
+        return {"t": float(len(sides))}
+
+    found = measure(LOAD, 2, once)
+    assert sides == list(order(2))
+    assert [run["t"] for run in found[True]] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("on", "off", "metric", "verdict"),
+    [
+        ([1.0, 1.1, 1.2], [2.0, 2.1, 2.2], LATENCY, "w4a16 is 1.91x better"),
+        ([2.0, 2.1, 2.2], [1.0, 1.1, 1.2], LATENCY, "vLLM alone is 1.91x better"),
+        ([2.0, 2.1, 2.2], [1.0, 1.1, 1.2], SPEED, "w4a16 is 1.91x better"),
+        ([1.0, 1.1, 1.6], [1.2, 1.3, 1.4], LATENCY, "no difference beyond the spread"),
+        ([1.0, 1.0], [2.0, 2.0], LATENCY, "none: 3 repetitions"),
+    ],
+)
+def test_verdict(on: list[float], off: list[float], metric: Metric, verdict: str) -> None:
+    (row,) = compare({True: [{"t": t} for t in on], False: [{"t": t} for t in off]}, [metric])
+    assert row.verdict.startswith(verdict)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A vLLM that answers at once."""
+    script = tmp_path / "vllm.py"
+    script.write_text(FAKE)
+    monkeypatch.setattr(serving, "VLLM", (sys.executable, str(script)))
+    monkeypatch.setattr("w4a16.cli_serve.need_vllm", lambda: None)
+
+
+@pytest.mark.usefixtures("fake")
+def test_one_run() -> None:
+    figures = run_once(LOAD, True)
+    argv = figures["argv"]
+    assert argv[:4] == ["bench", "latency", "--model", "m"]
+    assert argv[argv.index("--seed") + 1] == "3"
+    assert argv[-1] == "--enforce-eager"
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_side_that_fails_is_an_error_with_its_log() -> None:
+    with pytest.raises(Unsupported, match=r"without w4a16 \(W4A16_VLLM=0\)[^$]*this vLLM cannot"):
+        run_once(Load(**{**vars(LOAD), "engine": ("--refuse",)}), False)
+
+
+@pytest.mark.usefixtures("fake")
+def test_the_command(tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    said = invoke("serve-bench", "m", "--kind", "latency", "--repeats", 3, "--json", out, "--enforce-eager")
+    assert "w4a16 is 2.00x better" in said
+    found = json.loads(out.read_text())
+    assert found["runs"] == {"w4a16": [{"avg_latency": 1.0}] * 3, "vLLM alone": [{"avg_latency": 2.0}] * 3}
+
+
+@pytest.mark.parametrize("arguments", [["serve-bench", "m", "--kind", "x"], ["serve", "m", "--engine", "x"]])
+def test_unknown_words(arguments: list[str]) -> None:
+    with pytest.raises(BadInput, match="got x, wanted"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+@pytest.mark.parametrize("arguments", [["serve-bench", "m"], ["serve", "m", "--engine", "vllm"]])
+def test_without_vllm(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(Unsupported, match="needs vLLM, which is not installed"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)

@@ -1,0 +1,71 @@
+"""Reading onto a GPU, packed there from pinned memory, gives what reading and packing on the CPU gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import random_weight
+
+from w4a16 import layouts, pack
+from w4a16.checkpoints import FORMATS, Scheme, open_checkpoint, stream, write_checkpoint
+from w4a16.checkpoints.stream import Stream
+from w4a16.layouts import unpack
+
+
+def written(folder: Path, form: str, *, act_order: bool = False) -> Path:
+    items = [("embed.weight", torch.randn(1000, 64).bfloat16())]
+    for index in range(6):
+        weight = random_weight(512, 1024, group=128, asym=True, act_order=act_order)
+        items.append((f"model.layers.{index}.proj", weight))  # type: ignore[arg-type]
+    scheme = Scheme(128, False, act_order)
+    write_checkpoint(folder, format=form, config={}, scheme=scheme, items=items, shard_bytes=1 << 20)
+    return folder
+
+
+@pytest.mark.parametrize(("form", "act_order"), [*((form, False) for form in FORMATS), ("gptq", True)])
+@pytest.mark.parametrize("piece", [1000, 32 << 20])
+def test_the_same_weights(
+    form: str, act_order: bool, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "PIECE_BYTES", piece)
+    checkpoint = open_checkpoint(written(tmp_path / "model", form, act_order=act_order))
+    device = torch.device("cuda")
+    names = [*checkpoint.dense, *checkpoint.quantized]
+    with Stream(checkpoint, [(name, device) for name in names]) as reading:
+        for name in checkpoint.dense:
+            assert torch.equal(reading.tensor(name).cpu(), checkpoint.tensor(name))
+        for name in checkpoint.quantized:
+            wanted = checkpoint.weight(name)
+            got = reading.weight(name)
+            assert got.codes.device.type == "cuda"
+            on_gpu, on_cpu = pack(got, device=device), pack(wanted, device=device)
+            for one, other in ((on_gpu, on_cpu), (unpack(on_gpu), unpack(on_cpu))):
+                assert torch.equal(one.codes, other.codes)
+                assert torch.equal(one.scales, other.scales)
+                assert torch.equal(one.zeros, other.zeros)  # type: ignore[arg-type]
+            assert (got.perm is None) != act_order
+            if act_order:
+                assert torch.equal(got.perm.cpu(), wanted.perm)  # type: ignore[union-attr, arg-type]
+
+
+@pytest.mark.parametrize("layout", [layout for layout in layouts.LAYOUTS if layout != layouts.INT4PACK])
+def test_packing_on_the_gpu_gives_the_bits_of_the_cpu(layout: str) -> None:
+    weight = random_weight(136, 1024, group=128, asym=True)
+    there, here = layouts.pack(weight.to("cuda"), layout=layout), layouts.pack(weight, layout=layout)
+    assert torch.equal(there.codes.cpu(), here.codes)
+    assert torch.equal(there.scales.cpu(), here.scales)
+    assert torch.equal(there.zeros.cpu(), here.zeros)  # type: ignore[union-attr, arg-type]
+
+
+def test_little_more_than_the_packed_weights_is_ever_held(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(written(tmp_path / "model", "awq"))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, kept = torch.cuda.memory_allocated(), []
+    with Stream(checkpoint, [(name, torch.device("cuda")) for name in checkpoint.quantized]) as reading:
+        for name in checkpoint.quantized:
+            kept.append(pack(reading.weight(name), device="cuda"))
+    packed = sum(weight.nbytes for weight in kept)
+    assert torch.cuda.max_memory_allocated() - before <= packed + (64 << 20)

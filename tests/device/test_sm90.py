@@ -1,0 +1,137 @@
+"""sm90_decode and sm90_prefill on a real Hopper GPU, against the fp32 reference."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import assert_close, random_weight
+
+from w4a16 import linear, pack, record
+from w4a16.device import current_device
+from w4a16.dispatch import launcher
+from w4a16.layouts import SM90, PackedWeight
+from w4a16.layouts import pack as pack_as
+from w4a16.reference import reference_linear
+from w4a16.tuning.sm90_tiles import Sm90DecodeTile, Sm90PrefillTile
+from w4a16.tuning.table import rows_of
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or current_device("cuda").arch != "sm90", reason="needs a Hopper GPU"
+)
+ACTS = [torch.bfloat16, torch.float16]
+SHAPES = [(72, 384, 32), (88, 768, 192), (200, 512, 64), (136, 1024, 128), (40, 480, 480), (264, 4112, 4112)]
+KINDS = list(itertools.product(ACTS, [False, True], SHAPES))
+PREFILL = [row.tile for row in rows_of("sm90") if row.stem == "sm90_prefill"]
+DECODE = [
+    Sm90DecodeTile(warps=warps, depth=depth, split_k=split, slabs=slabs)
+    for warps, depth, split, slabs in [(4, 8, 1, 8), (4, 8, 8, 8), (8, 4, 2, 3), (8, 4, 8, 3), (4, 2, 4, 3)]
+]
+
+
+def call(
+    tile: Sm90DecodeTile | Sm90PrefillTile, x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The kernel of `tile`, into NaN; nothing beside the output is written."""
+    stem = "sm90_decode" if isinstance(tile, Sm90DecodeTile) else "sm90_prefill"
+    room = torch.full((x.shape[0] + 2, packed.n), float("nan"), dtype=x.dtype, device="cuda")
+    launcher(stem)(out=room[1:-1], x=x, weight=packed, bias=bias, tile=tile)
+    assert room[[0, -1]].isnan().all()
+    return room[1:-1]
+
+
+def agree(
+    tile: Sm90DecodeTile | Sm90PrefillTile, m: int, act: torch.dtype, asym: bool, shape: tuple[int, int, int]
+) -> None:
+    n, k, group = shape
+    weight = random_weight(n, k, group=group, asym=asym, act=act)
+    x, bias = torch.randn(m, k + 48, dtype=act)[:, 16 : k + 16], torch.randn(n, dtype=act)
+    packed = pack_as(weight, layout=SM90).to("cuda")
+    assert_close(call(tile, x.cuda(), packed, bias.cuda()).cpu(), reference_linear(x, weight, bias))
+    assert_close(call(tile, x[:, ::1].clone().cuda(), packed).cpu(), reference_linear(x, weight))
+
+
+@pytest.mark.parametrize(("act", "asym", "shape"), KINDS)
+def test_decode_kinds(act: torch.dtype, asym: bool, shape: tuple[int, int, int]) -> None:
+    for m in (1, 5, 8):
+        agree(DECODE[0], m, act, asym, shape)
+
+
+@pytest.mark.parametrize(("i", "tile"), list(enumerate(DECODE)))
+def test_decode_tiles(i: int, tile: Sm90DecodeTile) -> None:
+    for m in (1, 8, 9, 16):
+        agree(tile, m, *KINDS[(5 * i + m) % len(KINDS)][:2], (136, 2048, 128))
+
+
+@pytest.mark.parametrize(("act", "asym", "shape"), KINDS)
+def test_prefill_kinds(act: torch.dtype, asym: bool, shape: tuple[int, int, int]) -> None:
+    tile = next(tile for tile in PREFILL if tile.block_m == 64)
+    for m, split in ((1, 1), (70, 1), (33, 2)):
+        agree(replace(tile, split_k=split), m, act, asym, shape)
+
+
+@pytest.mark.parametrize(("i", "tile"), list(enumerate(PREFILL)))
+def test_prefill_tiles(i: int, tile: Sm90PrefillTile) -> None:
+    """Tails of M and N, more units of work than programs, and parts of K that do not divide it."""
+    act, asym, _ = KINDS[7 * i % len(KINDS)]
+    for m, split, shape in ((300, 1, (520, 512, 128)), (tile.block_m + 3, 3, (200, 2048, 128)), (3, 1, (8, 128, 128))):
+        agree(replace(tile, split_k=split), m, act, asym, shape)
+    agree(replace(tile, split_k=1), 40 * tile.block_m, act, asym, (1032, 256, 128))
+
+
+def test_one_weight_serves_every_row_count_eager_and_captured() -> None:
+    weight = random_weight(1024, 2048, group=128, asym=True)
+    packed = pack(weight, device="cuda")
+    assert packed.layout == SM90
+    served_by = {}
+    for m in (1, 5, 16, 17, 100, 512):
+        x = torch.randn(m, 2048).bfloat16()
+        with record() as served:
+            first, again = linear(x.cuda(), packed), linear(x.cuda(), packed)
+        served_by[m] = {stem for stem, _ in served}
+        assert len(served) == 2
+        static, graph = x.cuda(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = linear(static, packed)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert_close(first.cpu(), reference_linear(x, weight))
+        assert torch.equal(first, again)
+        assert torch.equal(out, first)
+    assert served_by[16] == {"sm90_decode"}
+    assert served_by[17] == {"sm90_prefill"}
+
+
+def test_calls_alike_take_their_own_x_and_bias() -> None:
+    """The second call of a kind takes the short way: no argument of the first may stay in it."""
+    weight = random_weight(512, 1024, group=64, asym=True)
+    packed = pack(weight, device="cuda")
+    biases = [None, torch.randn(512).bfloat16(), torch.randn(512).bfloat16()]
+    for _, bias in itertools.product(range(3), biases):
+        for shape in ((1, 1024), (2, 3, 1024), (1, 1, 1024)):
+            x = torch.randn(shape).bfloat16()
+            got = linear(x.cuda(), packed, None if bias is None else bias.cuda())
+            assert got.shape == (*shape[:-1], 512)
+            assert_close(got.cpu(), reference_linear(x, weight, bias))
+    x = torch.randn(1024, 2).bfloat16().cuda().t()  # rows that are not contiguous are copied
+    for _ in range(2):
+        assert_close(linear(x, packed).cpu(), reference_linear(x.cpu(), weight))
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 300])
+def test_the_same_bits_100_times_on_4_streams(m: int) -> None:
+    weight = random_weight(1024, 4096, group=128, asym=True)
+    packed, x = pack(weight, device="cuda"), torch.randn(m, 4096).bfloat16().cuda()
+    wanted = linear(x, packed)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    got = []
+    for _ in range(25):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                got.append(linear(x, packed))
+    torch.cuda.synchronize()
+    assert_close(wanted.cpu(), reference_linear(x.cpu(), weight))
+    assert all(torch.equal(again, wanted) for again in got)
