@@ -358,7 +358,7 @@ def launcher(stem: str) -> Callable[..., None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What one call needs of dispatch: who serves it, with which tile; plan: the launches as data, where it has some."""
+    """What one call needs of dispatch: who serves it, with which tile. plan: its launches as data, where it has any."""
 
     problem: Problem
     stem: str

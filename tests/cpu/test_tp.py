@@ -24,26 +24,40 @@ CASES = {"qwen3": "ct-asym", "qwen2": "gptq", "llama": "ct-channel", "qwen3_moe"
 SPLITS, UNEVEN = 128, 96
 REFUSED = {"act-order": "columns of one group lie all over the input", "uneven": "on boundaries of 32 columns"}
 
-RANK = """
-import json, sys, torch
+# imports once and forks a process for each rank: importing takes most of the time
+LAUNCH = """
+import json, os, sys, torch
 from pathlib import Path
 from transformers.distributed import DistributedConfig
-import w4a16
-torch.set_num_threads(1)
-work = Path(sys.argv[1])
-ids, found = torch.tensor(json.loads((work / "ids").read_text())), {}
-for folder in sorted(path for path in work.iterdir() if path.is_dir() and not path.name.endswith("-dense")):
-    try:
-        model = w4a16.load(str(folder), distributed_config=DistributedConfig(tp_size=2))
-        with torch.no_grad():
-            logits = model(ids).logits
-            tokens = model.generate(ids, max_new_tokens=4, do_sample=False)
-        rows = model.model.layers[0].self_attn.q_proj.n
-        found[folder.name] = {"logits": logits, "tokens": tokens.tolist(), "rows": rows}
-    except w4a16.Unsupported as error:
-        found[folder.name] = str(error)
-torch.save(found, work / f"rank-{torch.distributed.get_rank()}.pt")
-torch.distributed.destroy_process_group()
+import transformers.models.auto.modeling_auto
+import w4a16, w4a16.plugins.transformers
+
+def run(work):
+    torch.set_num_threads(1)
+    ids, found = torch.tensor(json.loads((work / "ids").read_text())), {}
+    for folder in sorted(path for path in work.iterdir() if path.is_dir()):
+        try:
+            model = w4a16.load(str(folder), distributed_config=DistributedConfig(tp_size=2))
+            with torch.no_grad():
+                logits = model(ids).logits
+                tokens = model.generate(ids, max_new_tokens=4, do_sample=False)
+            rows = model.model.layers[0].self_attn.q_proj.n
+            found[folder.name] = {"logits": logits, "tokens": tokens.tolist(), "rows": rows}
+        except w4a16.Unsupported as error:
+            found[folder.name] = str(error)
+    torch.save(found, work / f"rank-{torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()
+
+ranks = []
+for rank in range(2):
+    child = os.fork()
+    if not child:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        run(Path(sys.argv[1]))
+        sys.stdout.flush()
+        os._exit(0)
+    ranks.append(child)
+sys.exit(any(os.waitpid(child, 0)[1] for child in ranks))
 """
 
 
@@ -64,17 +78,12 @@ def ranks(work: Path) -> list[dict[str, Any]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(RANKS)}
-    started = []
-    for rank in range(RANKS):
-        env = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        with (work / f"log-{rank}").open("w") as log:
-            started.append(subprocess.Popen([sys.executable, "-c", RANK, work], env=env, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(TIMEOUT_S) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert codes == [0] * RANKS, (work / "log-0").read_text()[-3000:]
+    env = {**os.environ, **shared, "OMP_NUM_THREADS": "1"}
+    log = work / "log"
+    with log.open("w") as out:
+        command = [sys.executable, "-c", LAUNCH, str(work)]
+        done = subprocess.run(command, env=env, stdout=out, stderr=out, timeout=TIMEOUT_S, check=False)
+    assert not done.returncode, log.read_text()[-3000:]
     return [torch.load(work / f"rank-{rank}.pt") for rank in range(RANKS)]
 
 

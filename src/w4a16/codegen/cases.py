@@ -107,11 +107,11 @@ def _code(case: Case, device: Device) -> tuple[Any, ...]:
     row, problem = case.row, case.problem
     planned = launches(row.stem, problem, device, row.tile)
     constants = [{k: v for k, v in launch.constants.items() if k not in _BY_SIZES} for launch in planned]
-    tile = row.tile
-    if row.stem.startswith("sm90_"):  # two parts of K stand for more
-        tile = replace(tile, split_k=min(tile.split_k, 2))
+    tile, act = row.tile, problem.act
+    if row.stem.startswith("sm90_"):  # two parts of K stand for more, and bf16 for fp16, which differs in constants
+        tile, act = replace(tile, split_k=min(tile.split_k, 2)), "bf16"
         constants = [{**sizes, "SPLIT": min(sizes["SPLIT"], 2)} for sizes in constants]
-    return row.stem, tile, problem.act, repr(constants)
+    return row.stem, tile, act, repr(constants)
 
 
 _BY_SIZES = ("GROUP", "BLOCK_K", "UNROLL_K", "EXPERTS", "TOP_K", "TRIPS", "SLABS")
