@@ -42,7 +42,7 @@ test: $(READY) $(TRITONS:%=.triton/%/.ready)
 	$(VLLM_PY) tests/vllm/newest.py $(VLLM_NEWEST) .vllm/newest
 	@touch $@
 
-# A tier of its own: 3.5 GB to install, a quarter of an hour to run.
+# A tier of its own: 3.5 GB to install, half an hour to run on two busy cores.
 test-vllm: .vllm/.ready
 	$(VLLM_PY) -m pytest tests/vllm
 

@@ -52,6 +52,7 @@ def test_measure_calls_in_that_order() -> None:
         ([2.0, 2.1, 2.2], [1.0, 1.1, 1.2], LATENCY, "vLLM alone is 1.91x better"),
         ([2.0, 2.1, 2.2], [1.0, 1.1, 1.2], SPEED, "w4a16 is 1.91x better"),
         ([1.0, 1.1, 1.6], [1.2, 1.3, 1.4], LATENCY, "no difference beyond the spread"),
+        ([0.1, 0.143, 0.194], [0.043, 0.043, 0.107], LATENCY, "no difference beyond the spread"),
         ([1.0, 1.0], [2.0, 2.0], LATENCY, "none: 3 repetitions"),
     ],
 )
