@@ -66,6 +66,16 @@ class Launch:
         return launch
 
 
+def runs(plan: Callable[..., tuple[Launch, ...]]) -> Callable[..., None]:
+    """The launcher of a kernel: what its plan says for the same arguments, in order."""
+
+    def run(**arguments: Any) -> None:
+        for launch in plan(**arguments):
+            launch.run()
+
+    return run
+
+
 def _specialised(value: Any) -> Any:
     """What Triton's compiled code may depend on in a run-time argument."""
     if isinstance(value, Tensor):

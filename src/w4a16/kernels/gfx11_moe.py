@@ -20,7 +20,7 @@ from ..layouts import PackedWeight
 from ..moe.route import MATRIX_ROWS, Route, choose_block, route
 from ..tuning.gfx11_tiles import GROUPS, Gfx11Tile, paired_block_k
 from ._gfx11 import accumulate, block_of_program, blocks_of, code_words_layout, group_sums, rows_layout, scales_layout
-from ._launch import Launch
+from ._launch import Launch, runs
 from .triton_moe import token_sums
 
 RASTER_M = 4  # blocks of an expert's rows that walk over N together, so that a tile of W stays in the cache
@@ -306,33 +306,4 @@ def plan(
     )
 
 
-def gfx11_moe(
-    *,
-    out: Tensor,
-    x: Tensor,
-    w13: PackedWeight,
-    w2: PackedWeight,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    activation: str,
-    gated: bool,
-    weight_input: bool,
-    linear: Callable[[Tensor, PackedWeight], Tensor] | None,
-    tile: Gfx11Tile,
-) -> None:
-    """out [T, H] = sum over slots of topk_weights * down(act(gate) * up); ids outside 0..E-1 add nothing."""
-    launches = plan(
-        out=out,
-        x=x,
-        w13=w13,
-        w2=w2,
-        topk_weights=topk_weights,
-        topk_ids=topk_ids,
-        activation=activation,
-        gated=gated,
-        weight_input=weight_input,
-        linear=linear,
-        tile=tile,
-    )
-    for launch in launches:
-        launch.run()
+gfx11_moe = runs(plan)

@@ -11,7 +11,7 @@ from ..compat import wmma_layout
 from ..layouts import PackedWeight
 from ..tuning.gfx11_tiles import Gfx11Tile, paired_block_k
 from ._gfx11 import accumulate, block_of_program, blocks_of, code_words_layout, group_sums, rows_layout, scales_layout
-from ._launch import Launch
+from ._launch import Launch, runs
 
 # Blocks of M that walk over N together. The 40 programs that run at once read the fewest bytes of x and W a step at 2
 # to 4 of them (256 and 128 rows each): x has four times the bits of W.
@@ -141,7 +141,4 @@ def plan(*, out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, t
     return (*launches, Launch(fn=_gfx11_prefill, grid=grid, args=args, constants=constants, options=options))
 
 
-def gfx11_prefill(*, out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, tile: Gfx11Tile) -> None:
-    """out [M, N] = x [M, K] @ W^T + bias; x already permuted for act-order."""
-    for launch in plan(out=out, x=x, weight=weight, bias=bias, tile=tile):
-        launch.run()
+gfx11_prefill = runs(plan)

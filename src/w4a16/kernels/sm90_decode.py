@@ -20,7 +20,7 @@ from ..compat import copy_to_shared, workgroup_barrier
 from ..layouts import PackedWeight
 from ..layouts.sm90 import TILE, TILE_WORDS
 from ..tuning.sm90_tiles import Sm90DecodeTile
-from ._launch import Launch
+from ._launch import Launch, runs
 from ._sm90 import (
     centred,
     cluster_barrier,
@@ -251,7 +251,4 @@ def plan(
     return (Launch(fn=_sm90_decode, grid=(blocks,), cluster=split, args=args, constants=constants, options=options),)
 
 
-def sm90_decode(*, out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, tile: Sm90DecodeTile) -> None:
-    """out [M, N] = x [M, K] @ W^T + bias, M up to 16; x already permuted for act-order."""
-    for launch in plan(out=out, x=x, weight=weight, bias=bias, tile=tile):
-        launch.run()
+sm90_decode = runs(plan)

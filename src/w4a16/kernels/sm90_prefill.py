@@ -30,7 +30,7 @@ from ..layouts import PackedWeight
 from ..layouts.sm90 import TILE, TILE_WORDS
 from ..tuning.sm90_tiles import Sm90PrefillTile
 from ._add_parts import RASTER_M, addition
-from ._launch import Launch
+from ._launch import Launch, runs
 from ._sm90 import (
     centred,
     groups_a_tile,
@@ -364,7 +364,4 @@ def registers(tile: Sm90PrefillTile) -> tuple[int, int, int]:
     return consumer, producer, most
 
 
-def sm90_prefill(*, out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, tile: Sm90PrefillTile) -> None:
-    """out [M, N] = x [M, K] @ W^T + bias; x already permuted for act-order."""
-    for launch in plan(out=out, x=x, weight=weight, bias=bias, tile=tile):
-        launch.run()
+sm90_prefill = runs(plan)

@@ -16,7 +16,7 @@ from ..compat import dot, narrowed
 from ..layouts import PackedWeight
 from ..tuning.tiles import DecodeTile, capped_block_k
 from ._dequant import dequantized, magic_value
-from ._launch import Launch
+from ._launch import Launch, runs
 
 MATRIX_ROWS = 16
 SUM_BLOCK = 256
@@ -175,7 +175,4 @@ def _sum_launch(out: Tensor, parts: Tensor, bias: Tensor | None) -> Launch:
     )
 
 
-def triton_decode(*, out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, tile: DecodeTile) -> None:
-    """out [M, N] = x [M, K] @ W^T + bias for M up to 16; x already permuted for act-order."""
-    for launch in plan(out=out, x=x, weight=weight, bias=bias, tile=tile):
-        launch.run()
+triton_decode = runs(plan)

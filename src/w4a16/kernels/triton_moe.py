@@ -18,7 +18,7 @@ from ..layouts import PackedWeight
 from ..moe.route import MATRIX_ROWS, Route, choose_block, route
 from ..tuning.tiles import MoeTile, capped_block_k
 from ._dequant import dequantized
-from ._launch import Launch
+from ._launch import Launch, runs
 
 SUM_BLOCK_N = 256
 
@@ -268,33 +268,4 @@ def _gemm(
     return Launch(fn=_triton_moe, grid=grid, args=args, constants=constants, options=options)
 
 
-def triton_moe(
-    *,
-    out: Tensor,
-    x: Tensor,
-    w13: PackedWeight,
-    w2: PackedWeight,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    activation: str,
-    gated: bool,
-    weight_input: bool,
-    linear: Callable[[Tensor, PackedWeight], Tensor] | None,
-    tile: MoeTile,
-) -> None:
-    """out [T, H] = sum over slots of topk_weights * down(act(gate) * up); ids outside 0..E-1 add nothing."""
-    launches = plan(
-        out=out,
-        x=x,
-        w13=w13,
-        w2=w2,
-        topk_weights=topk_weights,
-        topk_ids=topk_ids,
-        activation=activation,
-        gated=gated,
-        weight_input=weight_input,
-        linear=linear,
-        tile=tile,
-    )
-    for launch in launches:
-        launch.run()
+triton_moe = runs(plan)

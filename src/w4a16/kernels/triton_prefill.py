@@ -13,7 +13,7 @@ from ..compat import dot, narrowed
 from ..layouts import PackedWeight
 from ..tuning.tiles import PrefillTile, capped_block_k
 from ._dequant import dequantized, magic_value
-from ._launch import Launch
+from ._launch import Launch, runs
 
 SUM_BLOCK_M = 32
 RASTER_M = 8  # blocks of M that walk over N together, so that a tile of W stays in the cache
@@ -230,7 +230,4 @@ def _sums_launch(sums: Tensor, x: Tensor, group: int) -> Launch:
     )
 
 
-def triton_prefill(*, out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, tile: PrefillTile) -> None:
-    """out [M, N] = x [M, K] @ W^T + bias; x already permuted for act-order."""
-    for launch in plan(out=out, x=x, weight=weight, bias=bias, tile=tile):
-        launch.run()
+triton_prefill = runs(plan)
