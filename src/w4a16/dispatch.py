@@ -83,7 +83,9 @@ def _scratch_pays(problem: Problem, device: Device) -> str | None:
 def _wmma_pays(problem: Problem, device: Device) -> str | None:
     if problem.group not in GFX11_GROUPS:
         return f"group must be {', '.join(map(str, GFX11_GROUPS))}, not {problem.group}"
-    return _unless_tuned(covering_row("gfx11_prefill", problem, device), "it", device)
+    return _unless_tuned(
+        covering_row("gfx11_moe" if problem.experts else "gfx11_prefill", problem, device), "it", device
+    )
 
 
 def _tiles_of_64(problem: Problem, device: Device) -> str | None:
@@ -94,9 +96,7 @@ def _wmma_experts_pay(problem: Problem, device: Device) -> str | None:
     rows = problem.m * max(problem.k, problem.top_k * problem.n)  # gathered by 32-bit offsets in bytes
     if rows > MOST_GATHERED:
         return f"x and the routed rows must have at most {MOST_GATHERED} values, not {rows}"
-    if problem.group not in GFX11_GROUPS:
-        return f"group must be {', '.join(map(str, GFX11_GROUPS))}, not {problem.group}"
-    return _unless_tuned(covering_row("gfx11_moe", problem, device), "it", device)
+    return _wmma_pays(problem, device)
 
 
 def _unless_tuned(row: TuningRow | None, what: str, device: Device) -> str | None:

@@ -11,6 +11,7 @@ from helpers import random_weight
 from w4a16 import Problem, Unsupported
 from w4a16.device import known_device
 from w4a16.dispatch import TABLE, choose, layout_for
+from w4a16.kernels.sm90_prefill import plan
 from w4a16.layouts import SKINNY, SM90, pack, unpack
 from w4a16.layouts.sm90 import TILE_WORDS
 from w4a16.tuning.sm90_tiles import (
@@ -156,3 +157,14 @@ def test_rows_of_the_table_fit_shared_memory() -> None:
     for tile in tiles:
         assert tile.step_ns > 0
         assert sm90_shared_bytes(replace(tile, split_k=1)) * tile.residents <= H100.shared_bytes
+
+
+def test_a_group_that_is_all_of_k_has_one_row_of_scales() -> None:
+    """Groups of 32 have two in a tile of 64 columns, but not where K itself has 32."""
+    for k, rows in ((32, 1), (64, 2)):
+        weight = pack(random_weight(64, k, group=32, asym=True), layout=SM90)
+        x, out = torch.empty((17, k), dtype=torch.bfloat16), torch.empty((17, 64), dtype=torch.bfloat16)
+        (launch,) = plan(out=out, x=x, weight=weight, bias=None, tile=replace(TILE, split_k=1))
+        assert launch.args["scales_desc"].block_shape == [rows, 64]
+        assert launch.args["zeros_desc"].block_shape == [rows, 128]
+        assert (launch.constants["GROUP"] == 32) == (rows == 2)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -172,3 +174,10 @@ def cluster_barrier():
         is_pure=False,
         pack=1,
     )
+
+
+def aligned(x: Tensor, elements: int) -> Tensor:
+    """x [M, K], or a copy where its rows lie no multiple of `elements` apart or its address is none of 16 bytes."""
+    if x.stride(0) % elements or (not x.is_meta and x.data_ptr() % 16):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x

@@ -22,6 +22,7 @@ from ..layouts.sm90 import TILE, TILE_WORDS
 from ..tuning.sm90_tiles import Sm90DecodeTile
 from ._launch import Launch, runs
 from ._sm90 import (
+    aligned,
     centred,
     cluster_barrier,
     groups_a_tile,
@@ -215,8 +216,7 @@ def plan(
 ) -> tuple[Launch, ...]:
     """The launch of out [M, N] = x [M, K] @ W^T + bias; x already permuted for act-order."""
     m, n, k = x.shape[0], weight.n, weight.k
-    if x.stride(0) % X_ALIGNMENT or (not x.is_meta and x.data_ptr() % X_ALIGNMENT):
-        x = x.contiguous() if k % X_ALIGNMENT == 0 and x.stride(0) % X_ALIGNMENT else x.clone()
+    x = aligned(x, X_ALIGNMENT)
     rows, block_m = 16 * tile.warps, 8 if m <= 8 else 16
     blocks, tiles = triton.cdiv(n, rows), triton.cdiv(k, TILE)
     split = tile.split_k

@@ -32,6 +32,7 @@ from ..tuning.sm90_tiles import Sm90PrefillTile
 from ._add_parts import RASTER_M, addition
 from ._launch import Launch, runs
 from ._sm90 import (
+    aligned,
     centred,
     groups_a_tile,
     let_the_next_kernel_start,
@@ -305,20 +306,20 @@ def plan(
 ) -> tuple[Launch, ...]:
     """The launches of out [M, N] = x [M, K] @ W^T + bias; x already permuted for act-order."""
     m, n, k = x.shape[0], weight.n, weight.k
-    if x.stride(0) % ALIGNMENT or (not x.is_meta and x.data_ptr() % (2 * ALIGNMENT)):
-        x = x.clone(memory_format=torch.contiguous_format)
+    x = aligned(x, ALIGNMENT)
     blocks_k, rows = triton.cdiv(k, tile.block_k), TILE * tile.warpgroups
     split = triton.cdiv(blocks_k, triton.cdiv(blocks_k, tile.split_k))  # every part has some
     units = triton.cdiv(m, tile.block_m) * triton.cdiv(n, rows) * split
     parts = out.new_empty((units, rows, tile.block_m), dtype=torch.float32) if split > 1 else None
+    group = blocks_k * tile.block_k if weight.group == k else weight.group
     codes = weight.codes.view(-1, TILE_WORDS // 16)
     box = gl.NVMMASharedLayout.get_default_for([tile.block_m, TILE], _GLUON[out.dtype])
     args = {
         "out_desc": TensorDescriptor.from_tensor(out, [tile.block_m, TILE], box) if split == 1 else None,
         "x_desc": TensorDescriptor.from_tensor(x, [tile.block_m, TILE], box),
         "codes_desc": TensorDescriptor.from_tensor(codes, [16, TILE_WORDS // 16], gl.NVMMASharedLayout(128, 32, 2)),
-        "scales_desc": _row_desc(weight.scales, weight.group, k),
-        "zeros_desc": None if weight.zeros is None else _row_desc(weight.zeros, weight.group, k),
+        "scales_desc": _row_desc(weight.scales, group),
+        "zeros_desc": None if weight.zeros is None else _row_desc(weight.zeros, group),
         "bias_ptr": bias if split == 1 else None,
         "parts_ptr": parts,
         "M": m,
@@ -327,7 +328,7 @@ def plan(
     }
     consumer, producer, most = registers(tile)
     constants = {
-        "GROUP": blocks_k * tile.block_k if weight.group == k else weight.group,
+        "GROUP": group,
         "BLOCK_M": tile.block_m,
         "BLOCK_K": tile.block_k,
         "WARPGROUPS": tile.warpgroups,
@@ -343,9 +344,9 @@ def plan(
     return (gemm,) if parts is None else (gemm, addition(out, parts, bias, m, n, split, rows, tile.block_m))
 
 
-def _row_desc(grid: Tensor, group: int, k: int) -> TensorDescriptor:
+def _row_desc(grid: Tensor, group: int) -> TensorDescriptor:
     """Scales or zero points in boxes of one tile."""
-    box = [groups_a_tile(k if group == k else group), max(TILE, BOX_BYTES // grid.itemsize)]
+    box = [groups_a_tile(group), max(TILE, BOX_BYTES // grid.itemsize)]
     return TensorDescriptor(
         grid, list(grid.shape), [grid.shape[1], 1], box, gl.NVMMASharedLayout(0, 8 * grid.itemsize, 2)
     )

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..device import Device
+from ..layouts.sm90 import TILE
 from ..problem import Problem
 
-COLUMNS = 64  # of a tile of layout SM90, and rows
 MOST_CLUSTER = 8  # programs of a cluster on every Hopper GPU
 SPLITS = (1, 2, 3, 4, 6, 8)
 
@@ -60,11 +60,15 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def _blocks(tile: Sm90PrefillTile, problem: Problem) -> int:
+    return cdiv(problem.m, tile.block_m) * cdiv(problem.n, TILE * tile.warpgroups)
+
+
 def sm90_us(tile: Sm90PrefillTile, problem: Problem, device: Device) -> float:
     """Predicted microseconds, but for a constant: whole waves of programs, and adding the parts where K is split."""
-    units = cdiv(problem.m, tile.block_m) * cdiv(problem.n, COLUMNS * tile.warpgroups) * tile.split_k
+    units = _blocks(tile, problem) * tile.split_k
     slots = device.compute_units * tile.residents
-    steps = cdiv(cdiv(problem.k, tile.block_k), tile.split_k) * (tile.block_k // COLUMNS)
+    steps = cdiv(cdiv(problem.k, tile.block_k), tile.split_k) * (tile.block_k // TILE)
     us = cdiv(units, slots) * (WAVE_US + steps * tile.step_ns * 1e-3)
     if tile.split_k == 1:
         return us
@@ -75,7 +79,7 @@ def sm90_us(tile: Sm90PrefillTile, problem: Problem, device: Device) -> float:
 
 def prefill_splits(tile: Sm90PrefillTile, problem: Problem, device: Device) -> Iterable[int]:
     """Numbers of parts worth a thought: at most one wave of programs, 512 columns a part."""
-    units = cdiv(problem.m, tile.block_m) * cdiv(problem.n, COLUMNS * tile.warpgroups)
+    units = _blocks(tile, problem)
     for split in SPLITS:
         if split == 1 or (units * split <= device.compute_units * tile.residents and problem.k >= 512 * split):
             yield split
@@ -83,7 +87,7 @@ def prefill_splits(tile: Sm90PrefillTile, problem: Problem, device: Device) -> I
 
 def decode_split(tile: Sm90DecodeTile, problem: Problem, device: Device) -> int:
     """The parts of K that end first: three programs of an SM keep its memory busy, and too many wait in turn."""
-    blocks, tiles = cdiv(problem.n, 16 * tile.warps), cdiv(problem.k, COLUMNS)
+    blocks, tiles = cdiv(problem.n, 16 * tile.warps), cdiv(problem.k, TILE)
 
     def cost(split: int) -> float:
         a_sm = cdiv(blocks * split, device.compute_units)
@@ -121,7 +125,7 @@ def _prefill_limit(tile: Sm90PrefillTile, device: Device) -> str | None:
         return f"block_m must be a power of two of 8 to 256, not {tile.block_m}"
     if tile.warpgroups not in (1, 2, 3):
         return f"warpgroups must be 1, 2 or 3, not {tile.warpgroups}"
-    if tile.block_k not in (64, 128, 256) or tile.stages < 2 * tile.block_k // COLUMNS:
+    if tile.block_k not in (64, 128, 256) or tile.stages < 2 * tile.block_k // TILE:
         return f"block_k must be 64, 128 or 256 and the ring two of them: block_k={tile.block_k}, stages={tile.stages}"
     shared = sm90_shared_bytes(tile)
     if shared * tile.residents > device.shared_bytes:
@@ -131,7 +135,7 @@ def _prefill_limit(tile: Sm90PrefillTile, device: Device) -> str | None:
 
 def sm90_shared_bytes(tile: Sm90PrefillTile) -> int:
     """The ring (x, codes, scales and zero points of groups of 32, barriers) and the output on its way out."""
-    weight = COLUMNS * COLUMNS // 2 + 2 * 256
-    stage = 2 * COLUMNS * tile.block_m + tile.warpgroups * weight + 16
-    out = 0 if tile.split_k > 1 else 2 * COLUMNS * tile.block_m * tile.warpgroups
+    weight = TILE * TILE // 2 + 2 * 256
+    stage = 2 * TILE * tile.block_m + tile.warpgroups * weight + 16
+    out = 0 if tile.split_k > 1 else 2 * TILE * tile.block_m * tile.warpgroups
     return tile.stages * stage + out + 1024
