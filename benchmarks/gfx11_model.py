@@ -2,21 +2,20 @@
 
     python benchmarks/gfx11_model.py
 
-The sources' kernel is that of the gfx11 branch of ROCm's vLLM, written anew from its description, before and after its
-#953 (bf16: subtract the zero point as floats or as integers) and #879 (a wider tile; four K tiles a trip).
+The sources' kernel, before and after #953 and #879 of ROCm's vLLM, is in rocm_prefill.py.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 import triton
-import triton.language as tl
 from rich.console import Console
 from rich.table import Table
+from rocm_prefill import source_launch
 
 from w4a16.codegen.compile import Compiled, compile_launch
 from w4a16.codegen.gfx11.launch import execute
@@ -26,8 +25,7 @@ from w4a16.codegen.model import Prediction, Trip, predict, read_trip
 from w4a16.codegen.stems import compile_stem
 from w4a16.codegen.verify import Check, compile_call, prepare
 from w4a16.device import known_device
-from w4a16.kernels._launch import Launch
-from w4a16.problem import ACT_DTYPES, Problem
+from w4a16.problem import Problem
 from w4a16.tuning.table import tile_for
 from w4a16.tuning.tiles import PrefillTile
 
@@ -35,92 +33,11 @@ GFX1151 = known_device("gfx1151")
 GROUP = 128
 
 
-@triton.jit
-def _source(
-    out_ptr,  # [M, N]
-    x_ptr,  # [M, K]
-    codes_ptr,  # [N, K//8] int32, nibble order 0 2 4 6 1 3 5 7
-    scales_ptr,  # [N, K//G]
-    zeros_ptr,  # [N, K//G] in the activation dtype, or None
-    M,
-    N,
-    K,
-    K8,
-    groups,
-    GROUP: tl.constexpr,
-    INT_SUBTRACT: tl.constexpr,
-    UNROLL_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.arange(0, BLOCK_K)
-    shift = column % 8 // 2 * 4 + column % 2 * 16
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for trip in range(tl.cdiv(K, BLOCK_K * UNROLL_K)):
-        for part in tl.static_range(UNROLL_K):
-            step = trip * UNROLL_K + part
-            k = step * BLOCK_K + column
-            word = step * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
-            x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=(m[:, None] < M) & (k[None, :] < K), other=0.0)
-            codes = tl.load(
-                codes_ptr + n[:, None] * K8 + word[None, :], mask=(n[:, None] < N) & (word[None, :] < K8), other=0
-            )
-            codes = tl.interleave(codes, codes)
-            codes = tl.interleave(codes, codes)
-            codes = tl.interleave(codes, codes)
-            codes = (codes >> shift[None, :]) & 0xF
-            group = step * BLOCK_K // GROUP
-            scale = tl.load(scales_ptr + n * groups + group, mask=n < N, other=0.0)
-            if zeros_ptr is None:
-                w = (codes - 8).to(x.dtype) * scale[:, None]
-            else:
-                zero = tl.load(zeros_ptr + n * groups + group, mask=n < N, other=0.0)
-                if INT_SUBTRACT:
-                    w = (codes - zero.to(tl.int32)[:, None]).to(x.dtype) * scale[:, None]
-                else:
-                    w = (codes.to(x.dtype) - zero[:, None]) * scale[:, None]
-            acc = tl.dot(x, tl.trans(w), acc)
-    at = out_ptr + m[:, None] * N + n[None, :]
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
-
-
 @functools.cache
 def source(act: str, zeros: bool, tile: PrefillTile) -> tuple[Compiled, Trip]:
     """The sources' kernel at one tile; its code does not depend on the sizes below."""
-    m, n, k = 1606, 4096, 3584
-
-    def empty(*shape: int, dtype: torch.dtype = ACT_DTYPES[act]) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    launch = Launch(
-        fn=_source,
-        grid=(triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)),
-        args={
-            "out_ptr": empty(m, n),
-            "x_ptr": empty(m, k),
-            "codes_ptr": empty(n, k // 8, dtype=torch.int32),
-            "scales_ptr": empty(n, k // GROUP),
-            "zeros_ptr": empty(n, k // GROUP) if zeros else None,
-            "M": m,
-            "N": n,
-            "K": k,
-            "K8": k // 8,
-            "groups": k // GROUP,
-        },
-        constants={
-            "GROUP": GROUP,
-            "INT_SUBTRACT": tile.dequant == "int_subtract",
-            "UNROLL_K": tile.unroll_k,
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
-            "BLOCK_K": tile.block_k,
-        },
-        options={"num_warps": tile.warps, "num_stages": tile.stages},
-    )
-    compiled = compile_launch(launch, GFX1151)
+    problem = Problem(m=1606, n=4096, k=3584, group=GROUP, act=act, has_zeros=zeros)
+    compiled = compile_launch(source_launch(problem, tile), GFX1151)
     return compiled, read_trip(compiled)
 
 
@@ -198,11 +115,28 @@ def unrolled() -> Iterator[Measured]:
         )
 
 
+def profiled() -> Iterator[Measured]:
+    """Both of #879's commits together, as the text of the request has them from a profile of the whole model."""
+    for n, k, times in (
+        (37888, 3584, (18.57, 17.34)),
+        (3584, 18944, (10.37, 9.49)),
+        (4608, 3584, (2.17, 2.21)),
+        (3584, 3584, (1.69, 1.66)),
+    ):
+        yield Measured(
+            change="#879 both, profiled",
+            problem=Problem(m=1606, n=n, k=k, group=GROUP, act="fp16"),
+            before=_tile(128, 64, 64, 8),
+            after=_tile(64, 256, 64, 8, stages=1, unroll_k=4),
+            milliseconds=times,
+        )
+
+
 def validation() -> Table:
     table = Table(title=f"milliseconds on gfx1151, predicted from Triton {triton.__version__}'s code / measured")
     for name in ("change", "M x N x K", "before", "after", "ratio predicted", "measured", "off"):
         table.add_column(name, justify="left" if name == "change" else "right", no_wrap=True)
-    for case in (*subtractions(), *tiles(), *unrolled()):
+    for case in (*subtractions(), *tiles(), *unrolled(), *profiled()):
         p, times = case.problem, case.milliseconds
         pairs = [f"{1e3 * got.seconds:.3f} / {was:.3f}" for got, was in zip(case.predicted(), times, strict=True)]
         off = f"{case.predicted_ratio / case.ratio - 1:+.1%}"
@@ -226,41 +160,45 @@ def metered(stem: str, problem: Problem) -> tuple[Compiled, Trip]:
 
 
 def predictions(m: int, n: int, k: int) -> Table:
-    table = Table(title=f"M={m} N={n} K={k} G={GROUP} on gfx1151, Triton {triton.__version__}")
+    """Both of w4a16's kernels and the source's; of that without bank conflicts, which only an execution shows."""
+    table = Table(
+        title=f"M={m} N={n} K={k} G={GROUP} on gfx1151, Triton {triton.__version__}; 128 columns of K, one wave"
+    )
+    for name in ("kernel", "tile", "x", "zeros"):
+        table.add_column(name, no_wrap=True)
+    for name in ("WMMA", "VALU", "scalar", "LDS", "conflicts", "bytes", "share", "VGPRs", "spills", "waves", "busy"):
+        table.add_column(name, justify="right")
+    table.add_column("issue + traffic, ms", justify="right", no_wrap=True)
+    table.add_column("TFLOP/s", justify="right")
     problems = [
         Problem(m=m, n=n, k=k, group=GROUP, act=a, has_zeros=z) for a in ("fp16", "bf16") for z in (False, True)
     ]
-    columns = [(stem, problem) for stem in ("gfx11_prefill", "triton_prefill") for problem in problems]
-    table.add_column("one wave, 128 columns of K", no_wrap=True)
-    for stem, problem in columns:
-        table.add_column(
-            f"{stem.split('_')[0]}\n{problem.act}\n{'asym' if problem.has_zeros else 'sym'}", justify="right"
-        )
-    rows: dict[str, list[str]] = {}
-    for stem, problem in columns:
-        compiled, trip = metered(stem, problem)
+    for stem, problem in itertools.product(("gfx11_prefill", "triton_prefill", "source"), problems):
+        if stem == "source":
+            form = "float_subtract" if problem.act == "fp16" else "int_subtract"
+            tile = _tile(64, 256, 64, 8, stages=1, form=form) if m > 1024 else _tile(64, 64, 64, 4, form=form)
+            compiled, trip = source(problem.act, problem.has_zeros, tile)
+        else:
+            compiled, trip = metered(stem, problem)
         reading, told = read_isa(compiled), predict(problem, GFX1151, compiled, trip)
         scale, sizes = 128 / trip.depth, compiled.launch.constants
-        cells = {
-            "tile": f"{sizes['BLOCK_M']}x{sizes['BLOCK_N']} {compiled.warps}w",
-            "WMMA cycles": f"{scale * trip.matrix:.0f}",
-            "VALU cycles": f"{scale * trip.vector:.0f}",
-            "scalar instructions": f"{scale * reading.counts['scalar']:.0f}",
-            "LDS cycles": f"{scale * trip.shared:.0f}",
-            "of them conflicts": f"{scale * trip.conflicts:.0f}",
-            "global bytes": f"{scale * trip.loaded:.0f}",
-            "waits, alone": f"{scale * trip.exposed:.0f}",
-            "matrix-issue share": f"{trip.matrix / (trip.matrix + trip.vector):.3f}",
-            "VGPRs, spills": f"{compiled.registers}, {compiled.spills}",
-            "waves a SIMD": str(reading.waves),
-            "issue ms": f"{1e3 * told.issue:.2f}",
-            "traffic ms": f"{1e3 * told.traffic:.2f}",
-            "TFLOP/s": f"{told.tflops:.1f}",
-        }
-        for name, cell in cells.items():
-            rows.setdefault(name, []).append(cell)
-    for name, row in rows.items():
-        table.add_row(name, *row)
+        table.add_row(
+            stem,
+            f"{sizes['BLOCK_M']}x{sizes['BLOCK_N']} {compiled.warps}w",
+            problem.act,
+            "asym" if problem.has_zeros else "sym",
+            *(f"{scale * cycles:.0f}" for cycles in (trip.matrix, trip.vector, reading.counts["scalar"], trip.shared)),
+            "-" if stem == "source" else f"{scale * trip.conflicts:.0f}",
+            f"{scale * trip.loaded:.0f}",
+            f"{trip.matrix / (trip.matrix + trip.vector):.3f}",
+            str(compiled.registers),
+            str(compiled.spills),
+            str(reading.waves),
+            f"{told.busy:.3f}",
+            f"{1e3 * told.issue:.2f} + {1e3 * told.traffic:.2f}",
+            f"{told.tflops:.1f}",
+            end_section=problem is problems[-1],
+        )
     return table
 
 

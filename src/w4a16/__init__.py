@@ -1,6 +1,6 @@
 """w4a16: 4-bit weights, 16-bit activations; one packed copy of the weights, several kernels, chosen at every call."""
 
-from .api import linear, load, moe, pack
+from .api import linear, load, moe, pack, pack_experts
 from .dense_cache import cache_dense
 from .device import DEVICES, Device, current_device
 from .dispatch import choose, record
@@ -31,6 +31,7 @@ __all__ = [
     "load",
     "moe",
     "pack",
+    "pack_experts",
     "record",
     "report",
     "unpack",

@@ -11,33 +11,74 @@ from . import layouts
 from .device import Device, current_device
 from .dispatch import layout_for
 from .errors import BadInput, explain_mismatch
-from .layouts import SKINNY, PackedWeight
+from .layouts import EXLLAMA, SKINNY, PackedWeight
 from .ops import linear_call, moe_op
 from .problem import ACT_NAMES, Problem
 from .weight import QuantizedWeight
 
 
 def pack(
-    weight: QuantizedWeight, *, device: torch.device | str = "cpu", act: torch.dtype | None = None
+    weight: QuantizedWeight,
+    *,
+    device: torch.device | str = "cpu",
+    act: torch.dtype | None = None,
+    layout: str | None = None,
 ) -> PackedWeight:
     """`weight` in the layout of `device`'s kernels, on that device, for activations of dtype `act`.
 
-    act defaults to the dtype of the scales. Raises Unsupported when no kernel of the device can read the weight.
+    act defaults to the dtype of the scales, layout to that of the kernel that serves few rows. Raises Unsupported when
+    no kernel of the device can read the weight. For the two weights of an expert layer: `pack_experts`.
     """
+    dtype, where = _act(weight, act), current_device(device)
+    packed = layouts.pack(weight.to(device), layout=layout or layout_of(weight, where, dtype), act=dtype)
+    return layouts.pad_rows(packed) if packed.layout == SKINNY and where.family == "gfx11" else packed
+
+
+def pack_experts(
+    w13: QuantizedWeight,
+    w2: QuantizedWeight,
+    *,
+    device: torch.device | str = "cpu",
+    act: torch.dtype | None = None,
+) -> tuple[PackedWeight, PackedWeight]:
+    """Both weights of an expert layer in one layout; otherwise as `pack`."""
+    dtype, where = _act(w13, act), current_device(device)
+    layout = experts_layout(_packing(w13, dtype), _packing(w2, dtype), where)
+    return pack(w13, device=device, act=dtype, layout=layout), pack(w2, device=device, act=dtype, layout=layout)
+
+
+def _act(weight: QuantizedWeight, act: torch.dtype | None) -> torch.dtype:
     dtype = act or weight.scales.dtype
     if dtype not in ACT_NAMES:
         wanted = "bfloat16, float16 or float32"
         raise BadInput(explain_mismatch("act", got=act, wanted=wanted, then="Pass the dtype of the activations."))
-    where = current_device(device)
-    packed = layouts.pack(weight.to(device), layout=layout_of(weight, where, dtype), act=dtype)
-    return layouts.pad_rows(packed) if packed.layout == SKINNY and where.family == "gfx11" else packed
+    return dtype
 
 
 def layout_of(weight: QuantizedWeight | PackedWeight, device: Device, act: torch.dtype) -> str:
     """The layout that `pack` gives this weight on `device` for activations of dtype `act`."""
+    return layout_for(_packing(weight, act), device)
+
+
+def experts_layout(w13: Problem, w2: Problem, device: Device) -> str:
+    """The layout for both weights of an expert layer, given as problems: the device's plainest where they differ."""
+    first, second = layout_for(w13, device), layout_for(w2, device)
+    return first if first == second else EXLLAMA if device.arch == "cpu" else SKINNY
+
+
+def _packing(weight: QuantizedWeight | PackedWeight, act: torch.dtype) -> Problem:
+    """One row of x: what the layout of a weight is chosen by."""
     w = weight
-    problem = Problem(m=1, n=w.n, k=w.k, group=w.group, act=ACT_NAMES[act], has_zeros=w.has_zeros)
-    return layout_for(problem, device)
+    return Problem(
+        m=1,
+        n=w.n,
+        k=w.k,
+        group=w.group,
+        act=ACT_NAMES[act],
+        has_zeros=w.has_zeros,
+        experts=w.experts,
+        top_k=1 if w.experts else 0,
+    )
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -72,7 +113,8 @@ def moe(
     if w13.layout != w2.layout or w13.n != n13 or w2.n != w13.k or w13.experts != w2.experts or not w13.experts:
         got = f"w13 [{w13.experts}, {w13.n}, {w13.k}] {w13.layout}, w2 [{w2.experts}, {w2.n}, {w2.k}] {w2.layout}"
         wanted = f"w13 [E, {'2I' if gated else 'I'}, H] and w2 [E, H, I] of one layout"
-        raise BadInput(explain_mismatch("expert weights", got=got, wanted=wanted, then="Pack both alike."))
+        then = "Pack both alike, by pack_experts."
+        raise BadInput(explain_mismatch("expert weights", got=got, wanted=wanted, then=then))
     out: Tensor = moe_op(
         x,
         topk_weights,

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from .cli_eval import evaluate
 from .cli_isa import isa, isa_golden
+from .cli_profile import profile
 from .cli_report import report
 from .cli_serve import PASS_ON, serve, serve_bench
 from .cli_verify import verify
@@ -184,6 +185,17 @@ app.command()(isa)
 app.command(name="isa-golden")(isa_golden)
 app.command()(verify)
 app.command()(report)
+app.command()(profile)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    help="Measure this machine's peaks beside the published ones; `w4a16 device --help` lists the options.",
+)
+def device(context: typer.Context) -> None:
+    from .cli_device import main as run_device
+
+    raise typer.Exit(run_device(context.args))
 
 
 @app.command(

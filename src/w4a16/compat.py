@@ -72,6 +72,18 @@ def wmma_layout(warps_m, warps_n):
     return AMDWMMALayout(version=1, transposed=False, warp_bases=bases)
 
 
+@triton.constexpr_function
+def halved_wmma_layout(warps_m, warps_n):
+    """wmma_layout of [1, M, N] in a program of 2 * warps_m * warps_n waves: both halves hold the same sums."""
+    from triton.experimental.gluon.language.amd import AMDWMMALayout
+
+    if "warps_per_cta" in AMDWMMALayout.__dataclass_fields__:
+        return AMDWMMALayout(version=1, transposed=False, warps_per_cta=[2, warps_m, warps_n])
+    bases = [[0, 0, 1 << bit] for bit in range(warps_n.bit_length() - 1)]
+    bases += [[0, 1 << bit, 0] for bit in range(warps_m.bit_length() - 1)]
+    return AMDWMMALayout(version=1, transposed=False, warp_bases=[*bases, [1, 0, 0]], rank=3)
+
+
 def launcher(kernel: Any, cluster: int) -> Callable[..., None]:
     """A compiled kernel as a function of its grid and its arguments, constants included.
 
@@ -100,3 +112,7 @@ def launcher(kernel: Any, cluster: int) -> Callable[..., None]:
 copy_to_shared = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 to_shared = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 from_shared = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+# Shared memory seen as another shape, a private name to Triton 3.8.
+_descriptor = gl.shared_memory_descriptor
+reinterpreted = _descriptor.reinterpret if hasattr(_descriptor, "reinterpret") else _descriptor._reinterpret

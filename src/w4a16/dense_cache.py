@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from . import env
 from .device import Device, current_device, free_and_total
-from .dispatch import DECODE_ROWS, choose
+from .dispatch import choose
+from .dispatch_table import DECODE_ROWS
 from .errors import BadInput, OverBudget, Unsupported, explain_mismatch
 from .layouts import PackedWeight
 from .nn import W4A16Linear

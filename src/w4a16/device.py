@@ -26,6 +26,7 @@ class Device:
     matrix_flops  peak dense bf16 FLOP/s of the matrix units, 0 where it depends on the machine
     memory_bytes_per_s  peak of the main memory, 0 where it depends on the machine
     model         the product the figures are of
+    flops_by_dtype  (activation dtype, FLOP/s) of the matrix units where they were measured
     """
 
     arch: str
@@ -35,6 +36,11 @@ class Device:
     matrix_flops: float
     memory_bytes_per_s: float
     model: str
+    flops_by_dtype: tuple[tuple[str, float], ...] = ()
+
+    def flops_of(self, act: str) -> float:
+        """Peak FLOP/s of products in that dtype; that of bf16 where it was not measured."""
+        return dict(self.flops_by_dtype).get(act, self.matrix_flops)
 
     @property
     def type(self) -> str:
@@ -122,12 +128,18 @@ def this_machine() -> Device:
     return current_device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def product_name() -> str:
-    """This machine's GPU as one word, such as `h100` or `rx7900xtx`; `cpu` without one."""
-    if not torch.cuda.is_available():
-        return "cpu"
+def gpu_name() -> str:
+    """This machine's GPU as its driver names it; "" without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+def product_name(gpu: str | None = None) -> str:
+    """A GPU as one word, such as `h100` or `rx7900xtx`: the named one, else this machine's; `cpu` without one."""
+    name = gpu_name() if gpu is None else gpu
     makers = {"nvidia", "amd", "ati", "geforce", "radeon", "instinct", "tesla", "graphics"}
-    words = [word for word in re.split(r"[\s-]+", torch.cuda.get_device_name().lower()) if word not in makers]
+    words = [word for word in re.split(r"[\s-]+", name.lower()) if word not in makers]
+    if not any(words):
+        return "cpu"
     return words[0] if re.search(r"\d", words[0]) else "".join(words)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .api import layout_of, pack
+from .api import layout_of, pack, pack_experts
 from .device import current_device
 from .errors import BadInput, explain_mismatch
 from .layouts import SKINNY, PackedWeight, pad_rows, unpack
@@ -170,8 +170,21 @@ class W4A16Experts(nn.Module):
         self.w13, self.w2 = _Packed(), _Packed()
 
     def set(self, w13: PackedWeight, w2: PackedWeight) -> None:
+        if w13.layout != w2.layout:
+            wanted = f"that of w13, {w13.layout}"
+            then = "Pack both by pack_experts."
+            raise BadInput(explain_mismatch("layout of w2", got=w2.layout, wanted=wanted, then=then))
         self.w13.set(w13)
         self.w2.set(w2)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W4A16Experts:
+        """As of its halves, which may want different layouts, each for itself, where they have come to."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        w13, w2 = self.w13, self.w2
+        if w13.codes is not None and w2.codes is not None and w13.layout != w2.layout:
+            plain = (unpack(half.get().to("cpu")) for half in (w13, w2))
+            self.set(*pack_experts(*plain, device=w13.codes.device, act=w13.scales.dtype))
+        return self
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], top_k_index [T, k] int, top_k_weights [T, k] -> [T, H]."""

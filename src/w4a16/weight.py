@@ -29,10 +29,20 @@ def pack_nibbles(codes: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Ten
 
 def unpack_nibbles(words: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
     """Inverse of `pack_nibbles`: int32 words [..., K//8] to uint8 codes [..., K]."""
-    values = torch.empty((*words.shape, CODES_PER_WORD), dtype=torch.uint8, device=words.device)
-    for nibble, index in enumerate(order):
-        values[..., index] = (words >> (4 * nibble)) & 0xF
-    return values.flatten(-2)
+    if words.stride(-1) != 1:  # one word a row counts as contiguous, whatever its stride
+        words = words.clone(memory_format=torch.contiguous_format)
+    pairs = words.view(torch.uint8)  # the low nibble of a byte comes first
+    values = torch.stack((pairs & 0xF, pairs >> 4), dim=-1).flatten(-2)
+    if order == tuple(range(CODES_PER_WORD)):
+        return values
+    nibbles = values.unflatten(-1, (-1, CODES_PER_WORD))
+    return torch.stack([nibbles[..., order.index(index)] for index in range(CODES_PER_WORD)], dim=-1).flatten(-2)
+
+
+def merge_nibbles(x: Tensor, y: Tensor, low: Tensor, high: Tensor) -> None:
+    """Bytes of two nibbles each: puts the low nibbles of x and y into `low`, x's below y's, the others into `high`."""
+    torch.add(x & 0xF, y, alpha=16, out=low)  # modulo 256
+    torch.bitwise_or(x >> 4, y & 0xF0, out=high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +101,8 @@ class QuantizedWeight:
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same record with every tensor on `device`."""
+        if self.codes.device == torch.device(device):
+            return self
 
         def moved(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device)

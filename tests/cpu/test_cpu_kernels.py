@@ -9,7 +9,8 @@ import torch
 from helpers import assert_close, random_weight
 
 from w4a16 import layouts
-from w4a16.dispatch import TABLE, launcher
+from w4a16.dispatch import launcher
+from w4a16.dispatch_table import TABLE
 from w4a16.kernels import cpu_decode, cpu_prefill
 from w4a16.layouts import EXLLAMA, INT4PACK
 from w4a16.reference import reference_linear

@@ -253,7 +253,7 @@ def test_the_report_covers_experts_and_the_rest() -> None:
 
 def test_load_asks_and_the_model_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_checkpoint("qwen3", RECIPES["awq"], tmp_path / "model", dtype="bfloat16")
-    monkeypatch.setattr("w4a16.dispatch.installed", lambda module: False)
+    monkeypatch.setattr("w4a16.dispatch_table.installed", lambda module: False)
     choose.cache_clear()
     copy_plan.cache_clear()
     try:

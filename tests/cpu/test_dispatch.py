@@ -7,7 +7,8 @@ import itertools
 import pytest
 
 from w4a16 import DEVICES, Problem, Unsupported, choose, env
-from w4a16.dispatch import TABLE, explanation, layout_for
+from w4a16.dispatch import explanation, layout_for
+from w4a16.dispatch_table import TABLE
 from w4a16.errors import BadInput
 from w4a16.tuning.tiles import TILES
 
@@ -25,7 +26,7 @@ def _fresh_choices() -> None:
 
 @pytest.fixture
 def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("w4a16.dispatch.installed", lambda module: False)
+    monkeypatch.setattr("w4a16.dispatch_table.installed", lambda module: False)
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)

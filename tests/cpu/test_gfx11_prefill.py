@@ -45,6 +45,8 @@ def problem(**fields: object) -> Problem:
         ("gfx1151", 5, 16, 256, 128, True, torch.float16, replace(SMALL, block_m=16, block_n=16, warps_m=1, warps_n=1)),
         ("gfx1100", 37, 65, 128, 32, True, torch.bfloat16, replace(SMALL, dequant="group_sum", feed="registers")),
         ("gfx1151", 32, 128, 64, 64, True, torch.float16, replace(SMALL, block_k=64, warps_m=1, warps_n=4)),
+        ("gfx1151", 37, 72, 96, 32, True, torch.bfloat16, replace(SMALL, feed="producers")),
+        ("gfx1100", 69, 40, 256, 128, False, torch.float16, replace(SMALL, feed="producers", warps_m=1, warps_n=4)),
     ],
 )
 def test_strided_inputs_give_the_product(
@@ -67,14 +69,14 @@ def test_variants_beside_those_of_verify(form: dict[str, str]) -> None:
     assert outcome.passed, outcome
 
 
-@pytest.mark.parametrize("feed", ["lds", "registers"])
-def test_every_lost_barrier_faults(feed: str) -> None:
+@pytest.mark.parametrize(("feed", "loops"), [("lds", 1), ("registers", 1), ("producers", 2)])
+def test_every_lost_barrier_faults(feed: str, loops: int) -> None:
     asked = problem(m=32, n=64, k=128, group=64)
     call = prepare(Check(stem="gfx11_prefill", tile=replace(SMALL, feed=feed), problem=asked, bias=False), GFX1151)
     (compiled,) = compile_call(call, GFX1151)
     lines = compiled.machine_code.splitlines()
     barriers = [number for number, line in enumerate(lines) if line.strip() == "s_barrier"]
-    assert len(barriers) == 3  # before the loop, and one a step of the two in it
+    assert len(barriers) == 3 * loops  # before the loop, and one a step of the two in it
     for number in barriers:
         call.reset()
         with pytest.raises(Fault, match=r"no barrier between them|before it was written"):
@@ -84,7 +86,7 @@ def test_every_lost_barrier_faults(feed: str) -> None:
 @pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
 def test_recorded_tiles_reach_their_share_of_the_matrix_units(version: str) -> None:
     lines = [line for line in golden.load(GOLDEN / f"{version}.csv") if line["symbol"] == "_gfx11_prefill"]
-    assert len(lines) >= 9
+    assert len(lines) >= 7
     for line in lines:
         share = matrix_share(golden.opcode_counts(line["opcodes"]), "gfx1151")
         assert share is not None
@@ -95,14 +97,15 @@ def test_recorded_tiles_reach_their_share_of_the_matrix_units(version: str) -> N
 
 
 @pytest.mark.parametrize("act", ["bf16", "fp16"])
-def test_without_zero_points_the_large_tile_is_as_good(act: str) -> None:
-    compiled = compile_stem("gfx11_prefill", problem(act=act), GFX1151, LARGE)[-1]
+@pytest.mark.parametrize(("feed", "loops"), [("lds", 1), ("producers", 2)])
+def test_without_zero_points_the_large_tile_is_as_good(act: str, feed: str, loops: int) -> None:
+    compiled = compile_stem("gfx11_prefill", problem(act=act), GFX1151, replace(LARGE, feed=feed))[-1]
     reading = read_isa(compiled)
     assert reading.matrix_share is not None
     assert reading.matrix_share >= (0.96 if act == "fp16" else 0.90)
     assert reading.spills == 0
     assert reading.waves >= 2
-    assert reading.opcodes["s_barrier"] == 4, "one a step"
+    assert reading.opcodes["s_barrier"] == 4 * loops, "one a step"
     assert not any("wrexec" in i.text for i in listing_of(compiled).instructions), "a base that is not scalar: a loop"
     narrow = [name for name in reading.opcodes if name.startswith("ds_") and not name.endswith("b128")]
     assert not narrow, "LDS is read and written 16 bytes at a time"
@@ -111,7 +114,9 @@ def test_without_zero_points_the_large_tile_is_as_good(act: str) -> None:
 @pytest.mark.parametrize(
     ("change", "fields", "sentence"),
     [
-        ({"feed": "air"}, {}, "feed must be registers or lds"),
+        ({"feed": "air"}, {}, "feed must be registers or lds or producers"),
+        ({"feed": "producers", "dequant": "group_sum"}, {}, "consumers know no scales"),
+        ({"feed": "producers", "warps_m": 16, "warps_n": 2}, {}, "warps must be at most"),
         ({"rounding": "up"}, {}, "rounding must be even or zero"),
         ({"dequant": "carrier"}, {}, "dequant must be magic or group_sum"),
         ({"rounding": "zero"}, {"act": "fp16"}, "rounding zero"),

@@ -70,6 +70,7 @@ def test_the_command_updates_and_checks(tmp_path: Path, capsys: pytest.CaptureFi
     assert gate.main(["update", *few]) == 2
     assert gate.main(["check", *few]) == 1
     assert "NoGolden" in capsys.readouterr().err
+    assert gate.main(["update", *few, "--reason", "a test", "--processes", "1"]) == 2
     assert gate.main(["update", *few, "--reason", "a test"]) == 0
     (path,) = tmp_path.glob("*/linear.csv")
     assert "a test" in path.read_text()

@@ -41,12 +41,12 @@ def faults(line: golden.Line, arch: str) -> list[str]:
     for name, limit in (("shared_bytes", device.shared_bytes), ("registers", device.registers)):
         if int(line[name]) > limit:
             found.append(f"{name}={line[name]}, at most {limit}")
-    gemms = ("_triton_prefill", "_triton_decode", "_triton_moe", "_gfx11_prefill", "_gfx11_moe")
+    gemms = ("_triton_prefill", "_triton_decode", "_triton_moe", "_gfx11_prefill", "_gfx11_moe", "_sm90_moe")
     if line["symbol"] in gemms and line["matrix"] == "0":
         found.append("no matrix instructions")
     counts = golden.opcode_counts(line["opcodes"])
     wgmma, waits = (sum(n for op, n in counts.items() if op.startswith(name)) for name in ("HGMMA", "WARPGROUP.DEPBAR"))
-    if line["symbol"] == "_sm90_prefill" and waits >= wgmma:
+    if line["symbol"] in ("_sm90_prefill", "_sm90_moe") and waits >= wgmma:
         found.append(f"ptxas serialised wgmma: {wgmma} of them, {waits} waits")
     return found
 

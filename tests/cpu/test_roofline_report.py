@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import sys
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -19,7 +21,9 @@ from w4a16.problem import Problem
 from w4a16.roofline.command import device_of, main
 from w4a16.roofline.model import bytes_moved
 from w4a16.roofline.names import W4A16
+from w4a16.roofline.peaks import Peaks, load, measured, save
 from w4a16.roofline.report import BY, Report, make_report
+from w4a16.roofline.shapes import Gemm
 from w4a16.roofline.step import step_of
 from w4a16.roofline.tables import as_csv, as_table
 from w4a16.roofline.trace import Trace, read
@@ -188,7 +192,8 @@ def test_html_is_one_wellformed_file(saved, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("by", BY)
-def test_html_of_a_cpu_trace_without_bounds(tmp_path, by):
+def test_html_of_a_cpu_trace_without_bounds(tmp_path, monkeypatch, by):
+    monkeypatch.chdir(tmp_path)  # no golden folder
     out = tmp_path / "r.html"
     assert main([str(DATA / "cpu.json.gz"), "--by", by, "--html", str(out)]) == 0
     assert "no bounds" in out.read_text(encoding="utf-8")
@@ -214,6 +219,63 @@ def test_measured_peaks_replace_the_published(saved, capsys):
     assert "bounds of the given peaks: 700 TFLOP/s, 3000 GB/s" in capsys.readouterr().out
     assert main([str(saved), "--peaks", "fast"]) == 1
     assert "--peaks: got fast, wanted TFLOPS,GB/S" in capsys.readouterr().err
+
+
+PEAKS = Peaks(
+    machine="NVIDIA H100 80GB HBM3",
+    session="a test",
+    memory_bytes_per_s={"copy": 2.5e12, "read": 3e12},
+    matrix_flops={"bf16": 7e14, "fp16": 6e14, "fp32": 5e13},
+    launch_us=2.0,
+    round_trip_us=9.0,
+    graph_us=1.0,
+)
+
+
+def test_kept_peaks_are_the_bounds(saved, tmp_path, capsys):
+    save(PEAKS, tmp_path / "golden" / "h100" / "device.json")
+    assert main([str(saved), "--by", "shape", "--golden", str(tmp_path / "golden")]) == 0
+    out = capsys.readouterr().out
+    assert "bounds of NVIDIA H100 80GB HBM3 as measured (" in out
+    assert "device.json): 700 TFLOP/s, 3000 GB/s" in out
+    bound = 2 * 2048 * 6144 * 4096 / 7e14 * 1e6
+    line = next(line for line in out.splitlines() if line.startswith("sm90_prefill"))
+    assert line.split()[-3:] == [f"{bound:.0f}", f"{100 * bound / 150:.3g}", "compute"]
+    assert "note: The trace is of" not in out
+    assert main([str(saved), "--golden", str(tmp_path / "golden"), "--device", "sm90"]) == 0
+    assert "bounds of H100 SXM: 989 TFLOP/s" in capsys.readouterr().out
+    assert main([str(saved), "--golden", str(tmp_path)]) == 0
+    assert "bounds of H100 SXM: 989 TFLOP/s" in capsys.readouterr().out
+
+
+def test_each_dtype_has_its_measured_peak(tmp_path):
+    save(PEAKS, tmp_path / "h100" / "device.json")
+    device = measured(DEVICES["sm90"], "h100", tmp_path)
+    product = {"batch": 1, "m": 8192, "n": 8192, "k": 8192}
+    for act, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+        gemm = Gemm(**product, element_bytes=size, act=act)
+        assert gemm.cost().bound(device, act)[0] == pytest.approx(gemm.cost().flops / PEAKS.matrix_flops[act])
+    assert gemm.cost().bound(DEVICES["sm90"], "fp32")[0] == pytest.approx(gemm.cost().flops / 989e12)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"machine": "x"}', json.dumps({**asdict(PEAKS), "memory_bytes_per_s": {"copy": 0, "read": 1}})]
+)
+def test_a_damaged_peaks_file_says_so(tmp_path, text):
+    path = tmp_path / "device.json"
+    path.write_text(text)
+    with pytest.raises(BadInput, match="w4a16 device --save"):
+        load(path)
+
+
+def test_the_bounds_as_a_sentence(saved):
+    report = report_of(saved, phase="decode")
+    known = sum(row.known_us for row in report.rows)
+    bound = sum(row.bound_us for row in report.rows)
+    assert f"{100 * bound / known:.1f} % of the {known * 1e-3:.3f} ms" in report.bound_sentence()
+    assert report.bound_sentence() in as_table(report)
+    trace = read(saved)
+    assert make_report(trace, step_of(trace), None).bound_sentence() == ""
 
 
 def test_a_named_device(saved, capsys):

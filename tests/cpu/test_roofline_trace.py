@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from traces import Recording
 
+from w4a16.roofline.attention import Attention, attention_of
 from w4a16.roofline.calls import Call
 from w4a16.roofline.labels import Scope
 from w4a16.roofline.names import ATTENTION, COPY, GEMM, OTHER, W4A16, kind_of, short
@@ -187,6 +188,56 @@ def test_a_replay_is_not_guessed_from_two_problems(tmp_path):
     assert not any(c.inferred for c in step_from(r, tmp_path).calls)
 
 
+def test_a_replay_takes_the_calls_of_the_stretch_that_ran_eagerly(tmp_path):
+    """Persistent kernels have one grid whatever the problem: what came before and after tells them apart."""
+    r = Recording()
+    r.host("user_annotation", "warm-up", r.now - 1, 500.0)
+    r.scope(QKV, ("_sm90_decode", 9.0))
+    r.kernel(ELEMENTWISE, 1.0)
+    r.scope(DOWN, ("_sm90_decode", 19.0), ("_add_parts", 2.0))
+    r.now += 500.0
+    grid = [132, 1, 1]
+    for _ in range(2):
+        names = ("_sm90_decode", 8.0), (ELEMENTWISE, 1.0), ("_sm90_decode", 18.0), ("_add_parts", 1.0)
+        replay(r, *((name, us, grid) for name, us in names))
+        r.now += 10.0
+    calls = step_from(r, tmp_path).calls
+    assert [described(c) for c in calls] == 2 * [
+        (W4A16, "sm90_decode", "1x6144x4096 g=128 asym", 1, 8.0),
+        (OTHER, "other", None, 1, 1.0),
+        (W4A16, "sm90_decode", "1x4096x12288 g=128 asym", 2, 19.0),
+    ]
+    assert all(c.inferred for c in calls)
+    assert {c.phase for c in calls} == {"decode"}
+
+
+def test_a_replay_of_two_stretches_that_look_alike_is_not_guessed(tmp_path):
+    r = Recording()
+    for label in (QKV, DOWN):
+        r.scope(label, ("_sm90_decode", 9.0))
+        r.kernel(ELEMENTWISE, 1.0)
+    replay(r, ("_sm90_decode", 8.0, [132, 1, 1]), (ELEMENTWISE, 1.0, [132, 1, 1]))
+    assert [c.what for c in step_from(r, tmp_path).calls[-2:]] == [None, None]
+
+
+def test_attention_tells_its_sizes(tmp_path):
+    r = Recording()
+    sizes = [[2, 32, 1, 128], [2, 8, 77, 128], [2, 8, 77, 128], [], [], [], [], []]
+    said = ["", "", "", "", "0.", "False", "", "True"]
+    r.operator("aten::scaled_dot_product_attention", sizes, ("flash_fwd_splitkv_kernel", 9.0), concrete=said)
+    sizes = [[1, 4, 10, 64]] * 3 + [[]] * 5
+    said = [*said[:5], "True", "", "False"]
+    types = ["float"] * 8
+    r.operator("aten::scaled_dot_product_attention", sizes, ("fmha", 9.0), types=types, concrete=said)
+    one, prompt = (c.what for c in step_from(r, tmp_path).calls)
+    assert one == Attention(batch=2, heads=32, kv_heads=8, m=1, keys=77, head=128, causal=False, act="bf16")
+    assert one.cost().flops == 2 * 2 * 2 * 32 * 77 * 128
+    assert one.cost().bytes == 2 * 2 * 128 * (2 * 32 + 2 * 8 * 77)
+    assert (prompt.shape, prompt.act) == ("1x4x10x64 over 4x10 causal", "fp32")
+    assert prompt.cost().flops == 4 * 4 * 64 * 55
+    assert attention_of("aten::scaled_dot_product_attention", {"Input Dims": [[1], [], []], "Input type": []}) is None
+
+
 def test_other_peoples_operators_tell_their_problem(tmp_path):
     marlin = "void marlin::Marlin<__nv_bfloat16, 256, 4, 16, 4, false>(int4 const*, int4 const*)"
     r = Recording()
@@ -248,6 +299,7 @@ def test_our_operator_without_its_range_tells_its_problem(tmp_path):
         ("Memcpy HtoD (Pageable -> Device)", COPY, "copy"),
         ("void at::native::(anonymous namespace)::cunn_SoftMaxForward<8>(float*)", OTHER, "other"),
         ("triton_red_fused_rms_norm_0", OTHER, "other"),
+        ("triton_poi_fused__scaled_dot_product_attention_cat_mm_w4a16_linear_3", OTHER, "other"),
     ],
 )
 def test_kernels_by_name(name, kind, op):
@@ -269,7 +321,7 @@ def test_sizes_that_do_not_add_up_are_unknown():
     types = ["c10::BFloat16", "int", "c10::BFloat16"]
     assert product_of("awq_gemm", {"Input Dims": [[2, 96], [7, 11], [3, 5]], "Input type": types}) is None
     assert product_of("aten::mv", {"Input Dims": [[8, 4], [4]], "Input type": ["float", "float"]}) == Gemm(
-        m=8, n=1, k=4, batch=1, element_bytes=4
+        m=8, n=1, k=4, batch=1, element_bytes=4, act="fp32"
     )
 
 
@@ -399,3 +451,25 @@ def test_a_real_h100_trace():
     assert counts == {"512x4096x4096 g=128 asym": 1, "1x4096x4096 g=128 asym": 3}
     products = Counter(c.what.shape for c in step.calls if c.kind == GEMM)
     assert products == {"512x4096x4096": 1, "1x4096x4096": 3}
+
+
+def test_a_real_h100_trace_of_a_graph():
+    """`benchmarks/roofline_8b.py --layers 1 --prompt 256 --steps 2`: warm-up, prefill, two replays of a decode step."""
+    trace = read(DATA / "h100-graph.json.gz")
+    step = step_of(trace)
+    layer = {"6144x4096", "4096x4096", "24576x4096", "4096x12288"}
+    wanted = {f"sm90_prefill 256x{nk} g=128 sym": (1, False) for nk in layer}
+    wanted |= {f"sm90_decode 1x{nk} g=128 sym": (2, True) for nk in layer}
+    for inferred in (False, True):
+        ran = Counter(f"{c.op} {c.what.shape}" for c in step.calls if c.kind == W4A16 and c.inferred == inferred)
+        assert ran == {name: count for name, (count, replayed) in wanted.items() if replayed == inferred}
+    decode = step.of_phase("decode")
+    assert all(c.inferred for c in decode.calls if c.kind != COPY)
+    assert Counter(c.what.shape for c in decode.calls if c.kind == GEMM) == {"1x151936x4096": 2}
+    assert Counter(c.what.shape for c in decode.calls if c.kind == ATTENTION) == {"1x32x1x128 over 8x257": 2}
+    by_name = Counter(k.name for c in step.calls for k in c.kernels if k.name == "_sm90_decode")
+    assert by_name["_sm90_decode"] == 8  # the four of the warm-up are not of the step
+    assert sum(k.name == "_sm90_decode" for k in trace.kernels) == 12
+    for phase in ("prefill", "decode"):
+        part = step.of_phase(phase)
+        assert sum(c.us for c in part.calls) == pytest.approx(part.usage.busy, rel=0.02)

@@ -25,9 +25,12 @@ def check(ids: list[list[int]], experts: int, block: int) -> None:
     assert got.expert_ids.tolist() == owners + [-1] * spare
     assert got.sorted_token_ids.tolist() == sorted_ids + [slots] * (spare * block)
     assert got.num_tokens_post_padded.tolist() == [len(sorted_ids)]
+    stands = {slot: at for at, slot in enumerate(sorted_ids) if slot < slots}
+    assert got.position.tolist() == [stands.get(slot, -1) for slot in range(slots)]
     bound = slots + experts * (block - 1)
     assert got.sorted_token_ids.numel() <= -(-bound // block) * block
-    assert {t.dtype for t in (got.sorted_token_ids, got.expert_ids, got.num_tokens_post_padded)} == {torch.int32}
+    outputs = (got.sorted_token_ids, got.expert_ids, got.num_tokens_post_padded, got.position)
+    assert {t.dtype for t in outputs} == {torch.int32}
 
 
 @settings(max_examples=150, deadline=None)
@@ -48,6 +51,7 @@ def test_blocks_of_one_are_not_sorted() -> None:
     assert got.sorted_token_ids.tolist() == [0, 1, 2, 3]
     assert got.expert_ids.tolist() == [3, -1, 0, -1]
     assert got.num_tokens_post_padded.tolist() == [4]
+    assert got.position.tolist() == [0, -1, 2, -1]
 
 
 def test_shapes_follow_from_sizes_alone() -> None:

@@ -10,7 +10,8 @@ from helpers import random_weight
 
 from w4a16 import Problem, Unsupported
 from w4a16.device import known_device
-from w4a16.dispatch import TABLE, choose, layout_for
+from w4a16.dispatch import choose, layout_for
+from w4a16.dispatch_table import TABLE
 from w4a16.kernels.sm90_prefill import plan
 from w4a16.layouts import SKINNY, SM90, pack, unpack
 from w4a16.layouts.sm90 import TILE_WORDS
@@ -97,10 +98,10 @@ def test_groups_that_tiles_cannot_hold_are_refused_and_served_by_triton(group: i
         assert layout_for(problem(n=16, k=k, group=group), H100) == SKINNY
 
 
-def test_one_layout_serves_every_row_count_and_experts_keep_theirs() -> None:
+def test_one_layout_serves_every_row_count_and_experts() -> None:
     served = {m: choose(problem(m=m), H100, SM90).row.stem for m in (1, 16, 17, 65536)}
     assert served == {1: "sm90_decode", 16: "sm90_decode", 17: "sm90_prefill", 65536: "sm90_prefill"}
-    assert layout_for(problem(experts=8, top_k=2), H100) == SKINNY
+    assert layout_for(problem(experts=8, top_k=2), H100) == SM90
     assert layout_for(problem(n=4100), H100) == SKINNY
     row = next(row for row in TABLE if row.stem == "sm90_prefill")
     assert row.unsupported(problem(n=4100), H100) == "n must be a multiple of 8, not 4100"
@@ -122,6 +123,7 @@ def test_k_is_split_where_tiles_are_fewer_than_sms() -> None:
     assert tile_for("sm90_prefill", problem(m=2048, n=24576), H100).split_k == 1
     assert decode_split(Sm90DecodeTile(), problem(m=1, n=4096), H100) == 8
     assert decode_split(Sm90DecodeTile(), problem(m=1, n=24576), H100) == 1
+    assert decode_split(Sm90DecodeTile(), problem(m=1, n=151936), H100) == 1  # an output embedding: many waves
     assert decode_split(Sm90DecodeTile(), problem(m=1, n=64, k=64, group=64), H100) == 1
     assert list(prefill_splits(TILE, problem(m=128, k=1024), H100)) == [1, 2]
 
@@ -139,11 +141,13 @@ def test_predicted_time_grows_by_whole_waves() -> None:
         (Sm90DecodeTile(split_k=3), "split_k must be 1, 2, 4 or 8"),
         (Sm90DecodeTile(split_k=1, warps=2), "warps must be 4"),
         (Sm90DecodeTile(split_k=1, depth=3), "depth must be"),
-        (Sm90DecodeTile(split_k=1, slabs=1), "slabs must be at least 3"),
+        (Sm90DecodeTile(split_k=1, slabs=2), "ring must be 2 to slabs"),
+        (Sm90DecodeTile(split_k=1, ring=1), "ring must be 2 to slabs"),
         (replace(TILE, split_k=1, block_m=48), "block_m must be"),
         (replace(TILE, split_k=1, warpgroups=4), "warpgroups must be"),
         (replace(TILE, split_k=1, stages=2), "block_k must be"),
         (replace(TILE, split_k=1, stages=12), "bytes of shared memory"),
+        (replace(TILE, split_k=1, warpgroups=1, in_turn=True), "in_turn needs"),
     ],
 )
 def test_limits_say_what_they_want(tile: Sm90DecodeTile | Sm90PrefillTile, sentence: str) -> None:
@@ -168,3 +172,16 @@ def test_a_group_that_is_all_of_k_has_one_row_of_scales() -> None:
         assert launch.args["scales_desc"].block_shape == [rows, 64]
         assert launch.args["zeros_desc"].block_shape == [rows, 128]
         assert (launch.constants["GROUP"] == 32) == (rows == 2)
+
+
+@pytest.mark.parametrize(("block_m", "main", "box"), [(16, 16, 8), (96, 64, 16), (160, 128, 32), (192, 128, 32)])
+def test_blocks_that_are_no_power_of_two_are_two_products(block_m: int, main: int, box: int) -> None:
+    """Of one operand; x is copied in boxes of the first, and the rest in boxes that divide both."""
+    weight = pack(random_weight(64, 128, group=128), layout=SM90)
+    x, out = torch.empty((500, 128), dtype=torch.bfloat16), torch.empty((500, 64), dtype=torch.bfloat16)
+    (launch,) = plan(out=out, x=x, weight=weight, bias=None, tile=replace(TILE, split_k=1, block_m=block_m))
+    assert launch.args["x_desc"].block_shape == launch.args["out_desc"].block_shape == [main, 64]
+    assert launch.args["box_desc"].block_shape == [box, 64]
+    rest = launch.args["rest_desc"]
+    assert (rest and rest.block_shape) == ([block_m - main, 64] if block_m > main else None)
+    assert (block_m - main) % box == 0

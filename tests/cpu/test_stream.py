@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import w4a16
 from models import RECIPES, make_checkpoint
 from w4a16 import BadCheckpoint, BadInput, QuantizedWeight
-from w4a16.checkpoints import Checkpoint, open_checkpoint, stream
+from w4a16.checkpoints import Checkpoint, open_checkpoint, pieces, stream
 from w4a16.checkpoints.stream import Stream
+from w4a16.plugins import _places
+from w4a16.plugins import transformers as plugin
 
 CPU = torch.device("cpu")
 
@@ -68,7 +73,7 @@ def test_no_more_bytes_wait_than_may_and_large_tensors_come_in_pieces(
 ) -> None:
     checkpoint = opened(tmp_path)
     monkeypatch.setattr(stream, "AHEAD_BYTES", 1000)
-    monkeypatch.setattr(stream, "PIECE_BYTES", 256)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 256)
     names = [*checkpoint.dense, *checkpoint.quantized]
     with Stream(checkpoint, [(name, CPU) for name in names], readers=2) as reading:
         for name in names:
@@ -76,9 +81,9 @@ def test_no_more_bytes_wait_than_may_and_large_tensors_come_in_pieces(
                 assert torch.equal(reading.tensor(name), checkpoint.tensor(name))
             else:
                 assert same(reading.weight(name), checkpoint.weight(name))
-            waiting = [piece.stop - piece.start for piece in reading._waiting]
-            assert max(waiting, default=0) <= 256
-            assert sum(waiting) == reading._waiting_bytes < 1000 + 256
+            waiting = [item.nbytes for item in reading._coming if item.name not in checkpoint.dense]
+            assert sum(waiting) == reading._ahead
+            assert sum(waiting[:-1]) < 1000
 
 
 def test_a_reader_that_fails_raises_where_the_weight_is_asked_for(tmp_path: Path) -> None:
@@ -104,3 +109,48 @@ def test_leaving_early_stops_the_threads(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         leave()
     assert threads() == 0
+
+
+@pytest.fixture
+def early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a load onto one GPU does: threads read large parameters and packed weights beside transformers' part."""
+    stock = Stream.__init__
+
+    def threaded(self: Stream, *arguments: Any, readers: int = 2) -> None:
+        stock(self, *arguments, readers=readers)
+
+    monkeypatch.setattr(Stream, "__init__", threaded)
+    monkeypatch.setattr(_places, "LARGE_BYTES", 0)
+    monkeypatch.setattr(plugin, "_only_gpu", lambda *_: CPU)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "qwen3_moe"])
+def test_a_model_read_so_is_the_same(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    made = make_checkpoint(kind, RECIPES["gptq"], tmp_path / "model")
+    ids = torch.randint(3, 90, (1, 6))
+    wanted = w4a16.load(str(made.folder))
+    request.getfixturevalue("early")
+    got = w4a16.load(str(made.folder))
+    assert threads() == 0
+    got.save_pretrained(tmp_path / "again")
+    again = w4a16.load(str(tmp_path / "again"))
+    for name, tensor in wanted.state_dict().items():
+        assert torch.equal(got.state_dict()[name], tensor), name
+        assert torch.equal(again.state_dict()[name], tensor), name
+    with torch.no_grad():
+        assert torch.equal(got(ids).logits, wanted(ids).logits)
+
+
+@pytest.mark.usefixtures("early")
+@pytest.mark.parametrize("where", ["swap", "fill"])
+def test_a_model_that_fails_leaves_no_thread(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_checkpoint("qwen3", RECIPES["gptq"], tmp_path / "model")
+
+    def fail(*_: object) -> None:
+        raise KeyError(where)
+
+    monkeypatch.setattr(plugin, where, fail)
+    with pytest.raises(KeyError, match=where):
+        w4a16.load(str(made.folder))
+    assert threads() == 0
+    assert gc.isenabled()

@@ -24,7 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 from w4a16 import KernelFailed, OverBudget, cache_dense, layouts, linear, ops, pack, report
 from w4a16.dense_cache import copy_plan, make_copy
 from w4a16.device import free_and_total, within_memory
-from w4a16.dispatch import TABLE, choose, serve_linear
+from w4a16.dispatch import choose, serve_linear
+from w4a16.dispatch_table import TABLE
 from w4a16.kernels import _launch
 from w4a16.layouts import SKINNY
 from w4a16.nn import W4A16Linear

@@ -8,10 +8,12 @@ import pytest
 import torch
 from helpers import random_weight
 
+import w4a16
 from w4a16 import layouts, pack
-from w4a16.checkpoints import FORMATS, Scheme, open_checkpoint, stream, write_checkpoint
+from w4a16.checkpoints import FORMATS, Scheme, open_checkpoint, pieces, write_checkpoint
 from w4a16.checkpoints.stream import Stream
 from w4a16.layouts import unpack
+from w4a16.nn import W4A16Linear
 
 
 def written(folder: Path, form: str, *, act_order: bool = False) -> Path:
@@ -29,7 +31,7 @@ def written(folder: Path, form: str, *, act_order: bool = False) -> Path:
 def test_the_same_weights(
     form: str, act_order: bool, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "PIECE_BYTES", piece)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", piece)
     checkpoint = open_checkpoint(written(tmp_path / "model", form, act_order=act_order))
     device = torch.device("cuda")
     names = [*checkpoint.dense, *checkpoint.quantized]
@@ -69,3 +71,24 @@ def test_little_more_than_the_packed_weights_is_ever_held(tmp_path: Path) -> Non
             kept.append(pack(reading.weight(name), device="cuda"))
     packed = sum(weight.nbytes for weight in kept)
     assert torch.cuda.max_memory_allocated() - before <= packed + (64 << 20)
+
+
+def test_a_model_of_transformers_is_the_one_the_cpu_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from models import RECIPES, make_checkpoint
+    from w4a16.plugins import _places
+
+    monkeypatch.setattr(_places, "LARGE_BYTES", 0)  # every dense tensor comes by the stream
+    for kind in ("qwen3", "qwen3_moe"):
+        made = make_checkpoint(kind, RECIPES["gptq-asym"], tmp_path / kind)
+        here, there = (w4a16.load(str(made.folder), device, dtype=torch.bfloat16) for device in ("cpu", "cuda"))
+        dense = {name: tensor for name, tensor in here.state_dict().items() if tensor.is_floating_point()}
+        for name, tensor in there.state_dict().items():
+            assert tensor.device.type == "cuda"
+            assert name not in dense or name.endswith(".scales") or torch.equal(tensor.cpu(), dense[name]), name
+        packed = [(name, layer) for name, layer in there.named_modules() if isinstance(layer, W4A16Linear)]
+        assert packed
+        for name, layer in packed:
+            got, wanted = unpack(layer.get()), unpack(here.get_submodule(name).get())
+            assert torch.equal(got.codes.cpu(), wanted.codes)
+            assert torch.equal(got.scales.cpu(), wanted.scales)

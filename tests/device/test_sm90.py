@@ -26,8 +26,11 @@ SHAPES = [(72, 384, 32), (88, 768, 192), (200, 512, 64), (136, 1024, 128), (40, 
 KINDS = list(itertools.product(ACTS, [False, True], SHAPES))
 PREFILL = [row.tile for row in rows_of("sm90") if row.stem == "sm90_prefill"]
 DECODE = [
-    Sm90DecodeTile(warps=warps, depth=depth, split_k=split, slabs=slabs)
-    for warps, depth, split, slabs in [(4, 8, 1, 8), (4, 8, 8, 8), (8, 4, 2, 3), (8, 4, 8, 3), (4, 2, 4, 3)]
+    Sm90DecodeTile(warps=warps, depth=depth, split_k=split, slabs=slabs, ring=ring)
+    for warps, depth, split, slabs, ring in [
+        *((4, 8, 1, 8, 3), (4, 8, 8, 8, 3), (8, 4, 2, 3, 3), (8, 4, 8, 3, 3), (4, 2, 4, 3, 3)),
+        *((4, 4, 1, 3, 2), (4, 16, 1, 3, 2)),
+    ]
 ]
 
 

@@ -9,9 +9,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..device import current_device, this_machine
+from ..device import this_machine
 from ..errors import BadInput, W4A16Error, explain_mismatch
 from ..problem import ACT_DTYPES
+from ..roofline.peaks import measured_here
 from .cases import BATCHES, MODELS, shapes_of
 from .providers import PROVIDERS, providers_of
 from .report import as_csv, as_json, as_markdown, compact, write_png
@@ -58,7 +59,7 @@ def _bench(options: argparse.Namespace) -> None:
     if options.group is not None:
         shapes = tuple(replace(s, group=s.k if options.group == -1 else options.group) for s in shapes)
     batches = tuple(int(m) for m in options.batches.split(","))
-    device = current_device(options.device)
+    device = measured_here(options.device)
     providers = providers_of(options.providers)
     results: list[Result] = []
     refusals: list[Refusal] = []

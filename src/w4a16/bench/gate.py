@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--act", default="bf16,fp16")
     p.add_argument("--zeros", default="sym,asym")
     p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--processes", type=int, default=UPDATE_PROCESSES, help="whose medians `update` merges, 2 at least")
     return p
 
 
@@ -43,18 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = [f"--{name}={getattr(options, name)}" for name in names]
     try:
         if options.action == "update":
-            return _update(path, bench, options.reason)
+            return _update(path, bench, options.reason, options.processes)
         return _check(path, bench, _asked(options))
     except W4A16Error as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
 
 
-def _update(path: Path, bench: Sequence[str], reason: str | None) -> int:
+def _update(path: Path, bench: Sequence[str], reason: str | None, processes: int) -> int:
+    if processes < 2:
+        print(f"golden update: got --processes {processes}, wanted 2 or more: one has no spread.", file=sys.stderr)
+        return 2
     if not reason:
         print("golden update: got no reason, wanted --reason '...'. Say why the numbers change.", file=sys.stderr)
         return 2
-    rows = golden.measure(bench, UPDATE_PROCESSES)
+    rows = golden.measure(bench, processes)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     date = datetime.date.today().isoformat()
     golden.write(path, rows, f"{session_facts()}; commit {commit or 'unknown'}; {date}; {reason}")

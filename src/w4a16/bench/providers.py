@@ -11,7 +11,8 @@ from torch import Tensor
 from .. import layouts
 from ..api import linear, pack
 from ..device import Device, current_device, installed
-from ..dispatch import TABLE, Row, launcher, layout_for
+from ..dispatch import launcher, layout_for
+from ..dispatch_table import TABLE, Row
 from ..errors import BadInput, explain_mismatch
 from ..layouts import PackedWeight
 from ..problem import ACT_NAMES, Problem

@@ -14,6 +14,7 @@ from ..dispatch import record
 from ..errors import BadInput
 from ..problem import ACT_DTYPES, Problem
 from ..roofline.model import ACT_BYTES, bound_seconds, bytes_moved, flops, weight_bytes
+from ..roofline.peaks import measured_here
 from ..weight import QuantizedWeight, pack_nibbles
 from .cases import Shape
 from .providers import Multiply, Provider, problem_of
@@ -137,7 +138,7 @@ def _point(
             seconds=statistics.median(times),
             spread_percent=spread_percent(times),
             error=errors[name],
-            bound_seconds=bound_seconds(problem, device),
+            bound_seconds=bound_seconds(problem, measured_here(x.device)),
         )
 
 

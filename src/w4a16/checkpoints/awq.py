@@ -20,6 +20,7 @@ INVERSE = tuple(ORDER.index(column) for column in range(8))
 class Awq:
     name: ClassVar[str] = "awq"
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "scales", "qzeros")
+    planned: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, fields: Fields) -> None:
         fields.four_bits("bits", "w_bit")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class Format(Protocol):
 
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]  # of every companion tensor; the codes first
+    planned: ClassVar[tuple[str, ...]]  # those of them that `plan` reads, and `read` does not
 
     def __init__(self, fields: Fields) -> None: ...
     def required(self, module: str) -> tuple[str, ...]: ...
@@ -124,11 +126,9 @@ def plan_module(codes: Entry, n: int, k: int, scheme: Scheme) -> Plan:
 def read_scales(entry: Entry) -> Tensor:
     """Scales as stored; a value that would poison the output is an error."""
     scales = entry.read()
-    wanted, then = "finite numbers other than zero", "Quantise the model again."
-    if not torch.isfinite(scales).all():
-        raise entry.bad("values", got="NaN or infinity", wanted=wanted, then=then)
-    if (scales == 0).any():
-        raise entry.bad("values", got="a zero", wanted=wanted, then=then)
+    if math.isnan((scales / scales).sum().item()):  # of infinity and zero too; a GPU is waited for once
+        got = "a zero" if torch.isfinite(scales).all() else "NaN or infinity"
+        raise entry.bad("values", got=got, wanted="finite numbers other than zero", then="Quantise the model again.")
     return scales
 
 

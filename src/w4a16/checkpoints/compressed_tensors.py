@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Unsupported
-from ..weight import QuantizedWeight, pack_nibbles, unpack_nibbles
+from ..weight import QuantizedWeight, pack_nibbles
 from .base import Fields, Parts, Plan, Scheme, drop_trivial, plan_module, read_order, read_scales
 from .bits import take_columns
 from .compressed_tensors_config import describe, parse_groups, scheme_of
@@ -26,6 +26,7 @@ class CompressedTensors:
     suffixes: ClassVar[tuple[str, ...]] = (
         "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx",
     )  # fmt: skip
+    planned: ClassVar[tuple[str, ...]] = ("weight_shape",)
 
     def __init__(self, fields: Fields) -> None:
         self.groups = parse_groups(fields)
@@ -100,7 +101,9 @@ class CompressedTensors:
 def _read_zeros(entry: Entry, plan: Plan) -> Tensor:
     stored = entry.read()
     if stored.dtype == torch.int32:
-        return unpack_nibbles(stored.t().contiguous()).t()[: plan.n].contiguous()
+        pairs = stored.contiguous().view(torch.uint8).view(*stored.shape, 4).transpose(1, 2)
+        zeros = torch.stack((pairs & 0xF, pairs >> 4), dim=2)  # [N/8, 4, 2, G]
+        return zeros.view(-1, stored.shape[1])[: plan.n]
     if (stored < -8).any() or (stored > 7).any():
         raise entry.bad("values", got=f"{int(stored.min())} to {int(stored.max())}", wanted="-8 to 7")
     return (stored + 8).to(torch.uint8)

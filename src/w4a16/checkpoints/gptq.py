@@ -34,6 +34,7 @@ ONES = 0x11111111
 class Gptq:
     name: ClassVar[str] = "gptq"
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "scales", "qzeros", "g_idx")
+    planned: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, fields: Fields) -> None:
         packing = fields.text("checkpoint_format", "format", default="gptq")

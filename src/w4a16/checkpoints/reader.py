@@ -82,14 +82,18 @@ class Checkpoint:
         plan = self.plan(module)
         assert self._reader is not None
         try:
-            return self._reader.read(parts or self._parts[module], plan).check_values()
+            # which lets no value through that QuantizedWeight.check_values would refuse, and reads each once
+            return self._reader.read(parts or self._parts[module], plan)
         except BadInput as error:
             codes = self._parts[module][self._reader.suffixes[0]]
             raise codes.bad("values", got=error, wanted="a sound weight") from error
 
     def entries(self, name: str) -> dict[str, Entry]:
-        """The stored tensors of a quantised module by suffix, or of a dense tensor under the key ''."""
-        return dict(self._parts[name]) if name in self._parts else {"": self._dense(name)}
+        """The stored tensors that `weight` reads, by suffix, or a dense tensor under the key ''."""
+        if name not in self._parts:
+            return {"": self._dense(name)}
+        planned = () if self._reader is None else self._reader.planned
+        return {suffix: entry for suffix, entry in self._parts[name].items() if suffix not in planned}
 
     def experts(self, prefix: str, source: Source | None = None) -> tuple[QuantizedWeight, QuantizedWeight]:
         """All experts below `prefix`: gate above up [E, 2I, H], and down [E, H, I]."""

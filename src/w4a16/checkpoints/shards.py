@@ -75,20 +75,40 @@ class Entry:
         if not self.nbytes:
             return torch.empty(self.shape, dtype=DTYPES[self.dtype], device="cpu")
         buffer = memory(self.nbytes)
-        self.read_into(buffer)
+        with Files() as files:
+            self.read_into(buffer, 0, files)
         return torch.frombuffer(buffer, dtype=DTYPES[self.dtype]).view(self.shape)
 
-    def read_into(self, buffer: bytearray | mmap.mmap | memoryview, start: int = 0) -> None:
+    def read_into(self, buffer: bytearray | mmap.mmap | memoryview, start: int, files: Files) -> None:
         """Fills `buffer` from byte `start` of the tensor on."""
         wanted = memoryview(buffer)
         try:
-            with self.file.open("rb", buffering=0) as file:
-                file.seek(self.start + start)
-                got = _fill(file, wanted)
+            file = files.get(self.file)
+            file.seek(self.start + start)
+            got = _fill(file, wanted)
         except OSError as error:
             raise self.bad("data", got=error.strerror, wanted="a readable file", then="Check the disk.") from None
         if got != len(wanted):
             raise self.bad("data", got=f"{start + got} bytes before the file ended", wanted=f"{self.nbytes} bytes")
+
+
+class Files:
+    """Files opened for reading, each once; those of one thread, as a file has one position."""
+
+    def __init__(self) -> None:
+        self._opened: dict[Path, io.FileIO] = {}
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._opened.values():
+            file.close()
+
+    def get(self, path: Path) -> io.FileIO:
+        if path not in self._opened:
+            self._opened[path] = path.open("rb", buffering=0)
+        return self._opened[path]
 
 
 def _fill(file: io.FileIO, buffer: memoryview) -> int:
@@ -201,6 +221,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     if not files:
         raise _no_weights(folder)
     entries: dict[str, Entry] = {}
+    held: dict[str, str] = {}
     for file in files:
         if not os.path.isfile(file):  # unlike Path.is_file, False for a name that no file could have
             raise bad(file, got="no such file", wanted="a shard that the index names")
@@ -208,10 +229,11 @@ def read_entries(folder: Path) -> dict[str, Entry]:
             other = entries.setdefault(entry.name, entry)
             if other is not entry:
                 raise entry.bad("file", got=f"the tensor in {other.file.name} too", wanted="it in one file")
+        held.update(dict.fromkeys(entries.keys() - held.keys(), file.name))
     for name, file_name in (index or {}).items():
-        if name not in entries or entries[name].file.name != file_name:
-            held = f"in {entries[name].file.name}" if name in entries else "in no file"
-            raise bad(f"{folder / file_name}: {name}", got=f"the tensor {held}", wanted="it there, as the index says")
+        if held.get(name) != file_name:
+            got = f"the tensor in {held.get(name, 'no file')}"
+            raise bad(f"{folder / file_name}: {name}", got=got, wanted="it there, as the index says")
     return entries
 
 
@@ -225,8 +247,10 @@ def _index(folder: Path) -> dict[str, str] | None:
     index = read_json(path).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise bad(f"{path}: weight_map", got=repr(index), wanted="tensor names and their files")
+    files = {file for file in index.values() if isinstance(file, str)}
+    beside = {file for file in files if Path(file).name == file and file.endswith(".safetensors")}
     for name, file in index.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if not isinstance(file, str) or file not in beside:
             raise bad(f"{path}: {name}", got=repr(file), wanted="the name of a safetensors file beside the index")
     return index
 

@@ -1,16 +1,17 @@
 """Modules and tensors of a checkpoint in the order of their use, read ahead of it by threads, straight onto a GPU.
 
-Threads read files into pinned memory while the GPU copies and transforms what came before: codes are brought into
-their plain form, checked and packed where they are used. A CPU gains nothing from threads and reads one by one.
+Threads read files into a few pinned pieces of memory and have each copied to where it belongs on the GPU, which at the
+same time brings what came before into its plain form, checks and packs it. A CPU gains nothing from threads and reads
+one by one.
 """
 
 from __future__ import annotations
 
-import ctypes
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from queue import Empty, SimpleQueue
 from types import TracebackType
 
 import torch
@@ -19,31 +20,13 @@ from torch import Tensor
 from ..errors import BadInput, explain_mismatch
 from ..weight import QuantizedWeight
 from .base import Plan
+from .pieces import Coming, Piece, Slot, begun
 from .reader import Checkpoint
-from .shards import DTYPES, Entry
+from .shards import Entry, Files
 
-READERS = 4  # one thread copies 2 to 6 GB/s out of the page cache, less than PCIe takes
-PIECE_BYTES = 32 << 20  # read and copied at a time: torch keeps pinned blocks of this size, and pins none of a GB
-AHEAD_BYTES = 256 << 20  # of pinned memory that waits for its use, at least one piece
-
-
-@dataclass(frozen=True)
-class Fetched(Entry):
-    """A tensor of a file that lies on its device already."""
-
-    values: Tensor
-
-    def read(self) -> Tensor:
-        return self.values
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Bytes start..stop of a stored tensor, being read into host memory."""
-
-    start: int
-    stop: int
-    memory: Future[Tensor]
+READERS = 4  # each copies 5 to 8 GB/s out of the page cache; with 8 that alone is faster, and the load slower
+SLOTS = 3 * READERS  # pieces in pinned memory, read or being copied; a GB of it would take 0.4 s to pin
+AHEAD_BYTES = 512 << 20  # of packed weights that lie on the GPU before their turn, at least one module
 
 
 class Stream:
@@ -58,13 +41,24 @@ class Stream:
         self.path = checkpoint.path
         self._checkpoint = checkpoint
         self._items = deque(items)
-        on_gpu = any(device.type == "cuda" for _, device in items)
-        readers = READERS * on_gpu if readers is None else readers
-        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="w4a16-read") if readers else None
-        self._pinned = on_gpu
-        self._to_read = _spans(checkpoint, [name for name, _ in items])
-        self._waiting: deque[Piece] = deque()
-        self._waiting_bytes = 0
+        self._dense = set(checkpoint.dense)
+        gpus = {device for _, device in items if device.type == "cuda"}
+        self._copies = {device: torch.Stream(device=device) for device in gpus}
+        for gpu in gpus:
+            # one request to the driver, of which torch then gives parts: 200 of them took 0.03 s and more
+            entries = (entry for name, device in items if device == gpu for entry in checkpoint.entries(name).values())
+            with suppress(torch.OutOfMemoryError):
+                torch.empty(sum(entry.nbytes for entry in entries), dtype=torch.uint8, device=gpu)
+        self._coming: deque[Coming] = deque()
+        self._ahead = 0
+        self._jobs: SimpleQueue[tuple[Coming, Piece] | None] = SimpleQueue()
+        self._slots: SimpleQueue[Slot] = SimpleQueue()
+        for _ in range(SLOTS):
+            self._slots.put(Slot(bool(gpus)))
+        count = READERS * bool(gpus) if readers is None else readers
+        self._threads = [threading.Thread(target=self._work, name=f"w4a16-read-{i}", daemon=True) for i in range(count)]
+        for thread in self._threads:
+            thread.start()
 
     def __enter__(self) -> Stream:
         return self
@@ -72,9 +66,24 @@ class Stream:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-        self._waiting.clear()
+        try:
+            while True:
+                self._jobs.get_nowait()
+        except Empty:
+            pass
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+        for device, copies in self._copies.items():  # before the memory that they write to is given out again
+            torch.accelerator.current_stream(device).wait_stream(copies)
+        self._coming.clear()
+
+    def begin(self) -> None:
+        """Has the first items read before they are asked for, where there is memory for them."""
+        if self._threads:
+            with suppress(torch.OutOfMemoryError):
+                self._read_ahead()
 
     def plan(self, module: str) -> Plan:
         return self._checkpoint.plan(module)
@@ -88,49 +97,67 @@ class Stream:
         return self._next(name)[""].read()
 
     def _next(self, name: str) -> dict[str, Entry]:
-        wanted, device = self._items[0] if self._items else ("the end", torch.device("cpu"))
-        if name != wanted:
+        coming = self._coming[0].name if self._coming else self._items[0][0] if self._items else "the end"
+        if name != coming:
             then = "Ask for the items in the order they were given."
-            raise BadInput(explain_mismatch(f"{self.path}: next of the stream", got=name, wanted=wanted, then=then))
-        self._items.popleft()
-        entries = self._checkpoint.entries(name)
-        if self._pool is None:
-            return entries
-        return {suffix: self._fetch(self._pool, entry, device) for suffix, entry in entries.items()}
+            raise BadInput(explain_mismatch(f"{self.path}: next of the stream", got=name, wanted=coming, then=then))
+        if not self._threads:
+            self._items.popleft()
+            return self._checkpoint.entries(name)
+        self._read_ahead()
+        item = self._coming.popleft()
+        self._ahead -= self._cost(item)
+        for _ in item.pieces:
+            copied = item.done.get()
+            if isinstance(copied, BaseException):
+                raise copied
+            if copied is not None:
+                torch.accelerator.current_stream(copied.device).wait_event(copied)
+        return item.entries
 
-    def _fetch(self, pool: ThreadPoolExecutor, entry: Entry, device: torch.device) -> Entry:
-        values = torch.empty(entry.nbytes, dtype=torch.uint8, device=device)
-        done = 0
-        while done < entry.nbytes:
-            self._read_ahead(pool)
-            piece = self._waiting.popleft()
-            self._waiting_bytes -= piece.stop - piece.start
-            # torch gives a pinned block out again only when the copies from it are done
-            values[piece.start : piece.stop].copy_(piece.memory.result(), non_blocking=True)
-            done = piece.stop
-        shaped = values.view(DTYPES[entry.dtype]).view(entry.shape)
-        return Fetched(entry.name, entry.file, entry.dtype, entry.shape, entry.start, shaped)
+    def _read_ahead(self) -> None:
+        """Asks the threads for items until as many bytes wait as may, and for the next one in any case."""
+        while self._items and (not self._coming or self._ahead < AHEAD_BYTES):
+            name, device = self._items[0]
+            try:
+                item = begun(name, self._checkpoint.entries(name), device, self._copies.get(device))
+            except torch.OutOfMemoryError:
+                if not self._coming:
+                    raise
+                return  # there may be room when those have been packed
+            self._items.popleft()
+            if item.copies is not None:
+                # the memory may be that of a tensor which the work queued so far still reads
+                item.copies.wait_stream(torch.accelerator.current_stream(device))
+            self._coming.append(item)
+            self._ahead += self._cost(item)
+            for piece in item.pieces:
+                self._jobs.put((item, piece))
 
-    def _read_ahead(self, pool: ThreadPoolExecutor) -> None:
-        """Asks the threads for pieces until as many bytes wait as may, and for the next one in any case."""
-        while not self._waiting or self._waiting_bytes < AHEAD_BYTES:
-            entry, start, stop = next(self._to_read, (None, 0, 0))
-            if entry is None:
-                return
-            self._waiting.append(Piece(start, stop, pool.submit(_read, entry, start, stop, self._pinned)))
-            self._waiting_bytes += stop - start
+    def _cost(self, item: Coming) -> int:
+        """Its bytes of reading ahead: none for a dense tensor, which stays where it is read to."""
+        return 0 if item.name in self._dense else item.nbytes
 
+    def _work(self) -> None:
+        """What a thread does."""
+        with Files() as files:
+            while (job := self._jobs.get()) is not None:
+                item, piece = job
+                try:
+                    item.done.put(self._read(item, piece, files))
+                except BaseException as error:
+                    item.done.put(error)
+                del job, item, piece  # their memory, which would wait for the next
 
-def _spans(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[tuple[Entry, int, int]]:
-    """The bytes of every stored tensor of `names`, in their order, cut into pieces."""
-    for name in names:
-        for entry in checkpoint.entries(name).values():
-            for start in range(0, entry.nbytes, PIECE_BYTES):
-                yield entry, start, min(start + PIECE_BYTES, entry.nbytes)
-
-
-def _read(entry: Entry, start: int, stop: int, pinned: bool) -> Tensor:
-    memory = torch.empty(stop - start, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-    view = (ctypes.c_ubyte * (stop - start)).from_address(memory.data_ptr())
-    entry.read_into(memoryview(view).cast("B"), start)
-    return memory
+    def _read(self, item: Coming, piece: Piece, files: Files) -> torch.Event | None:
+        slot = self._slots.get()
+        try:
+            slot.wait()
+            for entry, start, place in piece.parts:
+                entry.read_into(slot.view[place], start, files)
+            with item.copies or nullcontext():
+                piece.into.copy_(slot.memory[: len(piece.into)], non_blocking=True)
+                slot.copied = None if item.copies is None else item.copies.record_event()
+            return slot.copied
+        finally:
+            self._slots.put(slot)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..device import Device
-from ..dispatch import TABLE
+from ..dispatch_table import TABLE
 from ..layouts import SKINNY, SM90
 from ..problem import Problem
 from ..tuning.table import TuningRow, device_rows, row_for
@@ -106,9 +106,12 @@ def _code(case: Case, device: Device) -> tuple[Any, ...]:
     """What decides a kernel's code, but for the group and the experts: the tile and what the plan makes of M."""
     row, problem = case.row, case.problem
     planned = launches(row.stem, problem, device, row.tile)
+    if row.stem == "sm90_moe":  # routing depends on the number of slots alone
+        planned = tuple(launch for launch in planned if launch.fn.__name__.startswith("_sm90"))
     constants = [{k: v for k, v in launch.constants.items() if k not in _BY_SIZES} for launch in planned]
-    tile, act = row.tile, problem.act
-    if row.stem.startswith("sm90_"):  # two parts of K stand for more, and bf16 for fp16, which differs in constants
+    tile, act = row.tile, "bf16" if row.stem == "sm90_moe" else problem.act
+    if row.stem.startswith("sm90_") and not problem.experts:
+        # two parts of K stand for more, and bf16 for fp16, which differs in constants
         tile, act = replace(tile, split_k=min(tile.split_k, 2)), "bf16"
         constants = [{**sizes, "SPLIT": min(sizes["SPLIT"], 2)} for sizes in constants]
     return row.stem, tile, act, repr(constants)

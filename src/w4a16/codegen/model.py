@@ -1,45 +1,43 @@
 """Predicts a GEMM's time on RDNA3 from its machine code. docs/gfx11.md holds it against what the sources measured.
 
-seconds = issue + traffic. Issue: the cycles that the fullest SIMD's waves spend on WMMA and VALU, which share a port;
-or what LDS or the exposed waits of too few waves make of it, where that is longer. Traffic: the bytes that programs of
-one shader array cannot share in its cache while they run at once, or those of main memory, whichever take longer. They
-are added, as loops with barriers measured it.
+seconds = issue + traffic. Issue: the cycles that the fullest SIMD's waves spend on WMMA and VALU, which share a port,
+and those in which that port is idle because every wave waits (schedule.py). Traffic: the bytes that programs of one
+shader array cannot share in its cache while they run at once, or those of main memory, whichever take longer. They are
+added, as loops with barriers measured it.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 
 from ..device import Device
 from ..problem import Problem
-from .classes import MATRIX, classify, vector_port_cycles
+from .classes import vector_port_cycles
 from .compile import Compiled
 from .gfx11.lds import Meter
-from .isa import listing_of, read_isa
+from .isa import hot_paths, listing_of, read_isa
 from .listing import Instruction
-from .loops import hot_loop
+from .schedule import Walk, port_use, step_of
 
-SIMDS = 4  # of a WGP of two CUs
+SIMDS, SHARERS = 4, 2  # of a WGP of two CUs; those of a CU share its LDS
 FLOPS_A_CYCLE = 512  # of a CU's matrix units
 ARRAY_WGPS = 5  # WGPs of a shader array, which share an L1
 # Of the paper's peak, so of its clock: hipBLASLt's 38.6 TFLOP/s of 59.4, fp16 on gfx1151, M=3968 N=19456 K=2560 (#930).
 SUSTAINED = 38.6 / 59.4
 # From the caches behind L1, to one shader array. Fitted to one measurement: the source's base tile, N=37888 (#879).
-ARRAY_BYTES_A_SECOND = 0.275e12
-GLOBAL_LATENCY, SHARED_LATENCY = 500, 64  # cycles; of influence only where a SIMD has too few waves
+ARRAY_BYTES_A_SECOND = 0.296e12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trip:
-    """One wave's cycles in what `Isa` counts of the hot loop: `depth` columns of K.
+    """One wave's cycles in what `Isa` counts of the hot loop: `depth` columns of K; a consumer's and its producer's.
 
     matrix, vector  on the port that they share
     shared          of LDS, which two SIMDs share; `conflicts` of them because banks are met twice
-    exposed         waits that a wave alone would not cover with its own work
     outside         on the vector port, once a program
     loaded          bytes asked of global memory
+    walks           the same instructions in their order, of each kind of wave
     """
 
     depth: int
@@ -47,18 +45,18 @@ class Trip:
     vector: int
     shared: float
     conflicts: float
-    exposed: int
     outside: int
     loaded: int
+    walks: tuple[Walk, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Seconds of each part, and TFLOP/s of the whole."""
+    """Seconds of each part, TFLOP/s of the whole, and the part of the issue in which the vector port works."""
 
     issue: float
     traffic: float
-    bound: str
+    busy: float
     tflops: float
 
     @property
@@ -69,44 +67,24 @@ class Prediction:
 def read_trip(compiled: Compiled, meter: Meter | None = None) -> Trip:
     """`meter`: of an execution of this very code, for bank conflicts; without it LDS is taken to have none."""
     reading, listing = read_isa(compiled), listing_of(compiled)
-    loop = hot_loop(listing, lambda opcode: classify(opcode, compiled.arch) == MATRIX)
-    assert loop is not None
-    body = Counter(i.opcode for i in loop.instructions)
-    times = reading.opcodes.total() / body.total()  # of the loop's body in what Isa counts
+    _, paths = hot_paths(compiled, listing)
     place = {id(i): n for n, i in enumerate(listing.instructions)}
-    ideal = [_shared_bytes(i) * compiled.lanes / 128 for i in loop.instructions]
-    met = ideal if meter is None else [_met(meter, place[id(i)], i) for i in loop.instructions]
-    whole = vector_port_cycles(Counter(i.opcode for i in listing.instructions), compiled.arch)
+    path = [i for path in paths for i in path]
+    ideal = {id(i): _shared_bytes(i) * compiled.lanes / 128 for i in path}
+    met = ideal if meter is None else {id(i): _met(meter, place[id(i)], i) for i in path}
+    hot = Counter(i.opcode for i in {id(i): i for i in path}.values())
     matrix, vector = vector_port_cycles(reading.opcodes, compiled.arch)
+    whole = vector_port_cycles(Counter(i.opcode for i in listing.instructions), compiled.arch)
     return Trip(
         depth=reading.weights // compiled.launch.constants["BLOCK_N"],
         matrix=matrix,
         vector=vector,
-        shared=times * sum(met),
-        conflicts=times * (sum(met) - sum(ideal)),
-        exposed=round(times * exposed_waits(loop.instructions, compiled.arch)),
-        outside=sum(whole) - sum(vector_port_cycles(body, compiled.arch)),
-        loaded=round(times * sum(_width(i.opcode) for i in loop.instructions if _is_load(i.opcode)) * compiled.lanes),
+        shared=sum(met[id(i)] for i in path),
+        conflicts=sum(met[id(i)] - ideal[id(i)] for i in path),
+        outside=sum(whole) - sum(vector_port_cycles(hot, compiled.arch)),
+        loaded=sum(_width(i.opcode) for i in path if _is_load(i.opcode)) * compiled.lanes,
+        walks=tuple(tuple(step_of(i, compiled.arch, SHARERS * met[id(i)]) for i in path) for path in paths),
     )
-
-
-def exposed_waits(body: tuple[Instruction, ...], arch: str) -> int:
-    """Cycles of the second of two trips that a wave alone on its SIMD waits for global memory and LDS."""
-    now = waited = 0
-    pending: dict[str, list[int]] = {"vmcnt": [], "lgkmcnt": []}
-    for second in (False, True):
-        for instruction in body:
-            now += sum(vector_port_cycles(Counter([instruction.opcode]), arch))
-            if _is_load(instruction.opcode):
-                pending["vmcnt"].append(now + GLOBAL_LATENCY)
-            elif instruction.opcode.startswith("ds_"):
-                pending["lgkmcnt"].append(now + SHARED_LATENCY)
-            for counter, left in re.findall(r"(vmcnt|lgkmcnt)\((\d+)\)", instruction.text):
-                done = pending[counter][: len(pending[counter]) - int(left)]
-                pending[counter] = pending[counter][len(done) :]
-                wait = max(0, max(done, default=0) - now)
-                now, waited = now + wait, waited + (wait if second else 0)
-    return waited
 
 
 def predict(problem: Problem, device: Device, compiled: Compiled, trip: Trip) -> Prediction:
@@ -115,23 +93,17 @@ def predict(problem: Problem, device: Device, compiled: Compiled, trip: Trip) ->
     blocks_m, blocks_n = -(-problem.m // sizes["BLOCK_M"]), -(-problem.n // sizes["BLOCK_N"])
     wgps, programs = device.compute_units // 2, blocks_m * blocks_n
     clock = SUSTAINED * device.matrix_flops / device.compute_units / FLOPS_A_CYCLE
-    trips = problem.k / trip.depth
-    own = trips * (trip.matrix + trip.vector) + trip.outside
-    fullest = -(-programs * compiled.warps // (wgps * SIMDS))  # waves of one SIMD, one after the other
-    together = min(reading.waves, fullest)
-    cycles = {
-        "issue": fullest * own,
-        "LDS": 2 * fullest * trips * trip.shared,
-        "waits": -(-fullest // together) * (own + trips * trip.exposed),
-    }
-    bound = max(cycles, key=lambda name: cycles[name])
+    fullest = -(-programs * reading.teams // (wgps * SIMDS))  # teams of one SIMD, one after the other
+    each = max(1, reading.teams // SIMDS)  # of them of one program
+    together = max(1, min(reading.waves // len(trip.walks), fullest) // each)
+    busy = port_use(trip.walks, each, together)
+    issue = fullest * (problem.k / trip.depth * (trip.matrix + trip.vector) / busy + trip.outside) / clock
     resident = max(1, reading.waves * SIMDS // compiled.warps) * wgps
     arrays = max(1, wgps // ARRAY_WGPS)
     cached = _cache_bytes(problem, sizes, (blocks_m, blocks_n), resident, arrays)
     traffic = max(cached / (arrays * ARRAY_BYTES_A_SECOND), _memory_bytes(problem) / device.memory_bytes_per_s)
     flops = 2 * problem.m * problem.n * problem.k
-    issue = cycles[bound] / clock
-    return Prediction(issue=issue, traffic=traffic, bound=bound, tflops=flops / (issue + traffic) / 1e12)
+    return Prediction(issue=issue, traffic=traffic, busy=busy, tflops=flops / (issue + traffic) / 1e12)
 
 
 def block_of(program: int, blocks_m: int, blocks_n: int, raster: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from .gfx11.launch import execute
 from .gfx11.machine import step_of
 from .gfx11.program import parse_program
 from .gfx11.table import TABLE
-from .verify import MOST_FLIPPED, Call, checks, compile_call, prepare
+from .verify import MOST_FLIPPED, Call, Check, checks, compile_call, prepare
 
 # Opcodes that one might mistake for each other; a mutant takes the other of a pair.
 SIBLINGS = (
@@ -125,10 +125,11 @@ def noticed(mutant: Mutant, which: int, call: Call, compiled: list[Compiled], bo
 
 
 def mutation_check(device: Device, names: list[str], count: int, seed: int, show: Callable[[str], None]) -> int:
-    """Mutates the largest launch of each kernel's first check. The exit status: 1 where unchanged code fails."""
-    caught = total = 0
-    for stem in names:
-        check = next(iter(checks(device, stem)))
+    """Mutates the largest launch of each kernel's first check, in each feed. The exit status: 1 where unchanged code
+    fails.
+    """
+    for check in (check for name in names for check in _first_of_each_feed(device, name)):
+        stem, caught, total = check.stem, 0, 0
         call = prepare(check, device)
         compiled = compile_call(call, device)
         which = max(range(len(compiled)), key=lambda n: len(compiled[n].asm["amdgcn"]))
@@ -143,5 +144,13 @@ def mutation_check(device: Device, names: list[str], count: int, seed: int, show
             verdict = "caught  " if why else "SURVIVED"
             why = why or ("the same bits" if torch.equal(call.out, unchanged) else f"relative error {call.error():.1e}")
             show(f"{verdict} {stem} line {mutant.line}: {mutant.old} -> {mutant.new}  {why}")
-    show(f"{device.arch}: {caught} of {total} changes noticed")
+        feed = f" feed={check.tile.feed}" if hasattr(check.tile, "feed") else ""
+        show(f"{device.arch}: {stem}{feed}: {caught} of {total} changes noticed")
     return 0
+
+
+def _first_of_each_feed(device: Device, stem: str) -> list[Check]:
+    found: dict[str | None, Check] = {}
+    for check in checks(device, stem):
+        found.setdefault(getattr(check.tile, "feed", None), check)
+    return list(found.values())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..device import Device
-from ..dispatch import TABLE
+from ..dispatch_table import TABLE
 from ..kernels._launch import Launch
 from ..layouts import SKINNY, PackedWeight, pack, pad_rows
 from ..problem import ACT_DTYPES, Problem

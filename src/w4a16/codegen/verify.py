@@ -50,7 +50,7 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
     "matrix": (False,),
     "stages": (3,),
     "ahead": (True,),
-    "feed": ("registers",),
+    "feed": ("registers", "producers"),
     "rounding": ("zero",),
 }
 
@@ -159,6 +159,8 @@ def _problems(stem: str, act: str, zeros: bool, m: tuple[int, ...]) -> Iterator[
         rows = m or ROWS.get(stem, (5,))
     else:
         sizes = {"n": 72, "k": 256, "group": 64 if zeros else 128}
+        if stem.startswith(FAMILY):
+            sizes["k"] = 5 * sizes["group"]  # trips of the loop: LLVM may unroll it by four, with a loop for the rest
         rows = m or ROWS.get(stem, (37,))
     for row in rows:
         yield Problem(m=row, act=act, has_zeros=zeros, **sizes)

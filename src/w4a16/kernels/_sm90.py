@@ -145,7 +145,7 @@ def operand(pairs, scales, DTYPE: gl.constexpr, WARPS: gl.constexpr, layout: gl.
     near = gl.join(gl.join(h[0], h[1]), gl.join(h[2], h[3]))  # w r c j, d a
     far = gl.join(gl.join(h[4], h[5]), gl.join(h[6], h[7]))
     both = gl.join(near, far).permute([0, 5, 1, 3, 6, 2, 4])  # (w a r) (j b c d)
-    both = both.reshape([16 * WARPS, 64]).to(DTYPE, bitcast=True)
+    both = both.reshape([16 * WARPS, 16 * t0.shape[3]]).to(DTYPE, bitcast=True)
     return gl.convert_layout(both, layout, assert_trivial=True)
 
 

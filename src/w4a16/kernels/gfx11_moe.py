@@ -21,7 +21,8 @@ from ..moe.route import MATRIX_ROWS, Route, choose_block, route
 from ..tuning.gfx11_tiles import GROUPS, Gfx11Tile, paired_block_k
 from ._gfx11 import accumulate, block_of_program, blocks_of, code_words_layout, group_sums, rows_layout, scales_layout
 from ._launch import Launch, runs
-from .triton_moe import token_sums
+from ._skinny import first_stride, pointers, strides
+from ._token_sums import token_sums
 
 RASTER_M = 4  # blocks of an expert's rows that walk over N together, so that a tile of W stays in the cache
 GATHER_K = 256
@@ -210,13 +211,9 @@ def _gemm(
     if tile.dequant == "group_sum":
         sums, launch = group_sums(x, weight.group, MATRIX_ROWS)
         before = (*before, launch)
-    blocks_m, zeros = routing.expert_ids.numel(), weight.zeros
+    blocks_m = routing.expert_ids.numel()
     args = {
-        "out_ptr": out,
-        "x_ptr": x,
-        "codes_ptr": weight.codes,
-        "scales_ptr": weight.scales,
-        "zeros_ptr": zeros,
+        **pointers(out, x, weight),
         "shares_ptr": shares,
         "sorted_ptr": routing.sorted_token_ids,
         "expert_ptr": routing.expert_ids,
@@ -225,15 +222,8 @@ def _gemm(
         "blocks_m": blocks_m,
         "N": weight.n,
         "K": weight.k,
-        "out_stride": out.stride(0),
-        "x_stride": x.stride(0),
-        "codes_expert": weight.codes.stride(0),
-        "codes_stride": weight.codes.stride(1),
-        "scales_expert": weight.scales.stride(0),
-        "scales_stride": weight.scales.stride(1),
-        "zeros_expert": 0 if zeros is None else zeros.stride(0),
-        "zeros_stride": 0 if zeros is None else zeros.stride(1),
-        "sums_stride": 0 if sums is None else sums.stride(0),
+        **strides(out, x, weight),
+        "sums_stride": first_stride(sums),
     }
     constants = {
         "GROUP": weight.group,

@@ -35,7 +35,6 @@ from ._sm90 import (
     zero_lanes,
 )
 
-RING = 3  # slabs of x in shared memory, where not all fit: one read, two on their way
 X_ALIGNMENT = 16  # elements: asynchronous copies take 16 bytes, and Triton knows of multiples of 16
 
 
@@ -147,7 +146,10 @@ def _sm90_decode(
         if SLABS < TRIPS:
             async_copy.wait_group(SLABS - 2)
             workgroup_barrier()
-            _ask_slab(xs.index((trip + SLABS - 1) % SLABS), x_at, m, k, M, K, trip + SLABS - 1, DEPTH)
+            if trip + SLABS - 1 < TRIPS:
+                _ask_slab(xs.index((trip + SLABS - 1) % SLABS), x_at, m, k, M, K, trip + SLABS - 1, DEPTH)
+            else:
+                async_copy.commit_group()  # of nothing: the count of groups stays
         slab = xs.index(trip % SLABS)
         codes_at += DEPTH * 512
         scales_at += PER_TRIP * scales_stride
@@ -245,7 +247,7 @@ def plan(
         "SPLIT": split,
         "TRIPS": trips,
         "DEPTH": tile.depth,
-        "SLABS": trips if trips <= tile.slabs else RING,
+        "SLABS": trips if trips <= tile.slabs else tile.ring,
     }
     options = {"num_warps": tile.warps, "launch_pdl": True} | ({"maxnreg": tile.registers} if tile.registers else {})
     return (Launch(fn=_sm90_decode, grid=(blocks,), cluster=split, args=args, constants=constants, options=options),)

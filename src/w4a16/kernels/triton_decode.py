@@ -17,6 +17,7 @@ from ..layouts import PackedWeight
 from ..tuning.tiles import DecodeTile, capped_block_k
 from ._dequant import dequantized, magic_value
 from ._launch import Launch, runs
+from ._skinny import pointers, strides
 
 MATRIX_ROWS = 16
 SUM_BLOCK = 256
@@ -133,20 +134,12 @@ def plan(*, out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, t
         fn=_triton_decode,
         grid=(triton.cdiv(n, tile.block_n), tile.split_k),
         args={
-            "out_ptr": out if parts is None else parts,
-            "x_ptr": x,
-            "codes_ptr": weight.codes,
-            "scales_ptr": weight.scales,
-            "zeros_ptr": weight.zeros,
+            **pointers(out if parts is None else parts, x, weight),
             "bias_ptr": bias if parts is None else None,
             "M": m,
             "N": n,
             "K": weight.k,
-            "out_stride": out.stride(0),
-            "x_stride": x.stride(0),
-            "codes_stride": weight.codes.stride(0),
-            "scales_stride": weight.scales.stride(0),
-            "zeros_stride": 0 if weight.zeros is None else weight.zeros.stride(0),
+            **strides(out, x, weight),
         },
         constants={
             "GROUP": group,

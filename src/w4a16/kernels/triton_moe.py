@@ -19,8 +19,8 @@ from ..moe.route import MATRIX_ROWS, Route, choose_block, route
 from ..tuning.tiles import MoeTile, capped_block_k
 from ._dequant import dequantized
 from ._launch import Launch, runs
-
-SUM_BLOCK_N = 256
+from ._skinny import first_stride, pointers, strides
+from ._token_sums import token_sums
 
 
 @triton.jit
@@ -129,34 +129,6 @@ def _triton_moe(
     tl.store(out_at, narrowed(y, out_ptr.dtype.element_ty), mask=valid[:, None] & inside_n[None, :])
 
 
-@triton.jit
-def _token_sums(
-    out_ptr,  # [T, N]
-    y_ptr,  # [T * TOP_K, N]
-    ids_ptr,  # [T, TOP_K]
-    shares_ptr,  # [T, TOP_K], or None: all 1
-    N,
-    out_stride,
-    y_stride,
-    EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The sum over a token's slots, in their order; slots of experts elsewhere were never written and are not read."""
-    token = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for i in range(TOP_K):
-        slot = token * TOP_K + i
-        expert = tl.load(ids_ptr + slot)
-        served = (expert >= 0) & (expert < EXPERTS)
-        y = tl.load(y_ptr + slot * y_stride + n, mask=served & (n < N), other=0.0).to(tl.float32)
-        if shares_ptr is not None:
-            y = tl.where(served, y * tl.load(shares_ptr + slot).to(tl.float32), 0.0)
-        total += y
-    tl.store(out_ptr + token * out_stride + n, narrowed(total, out_ptr.dtype.element_ty), mask=n < N)
-
-
 def plan(
     *,
     out: Tensor,
@@ -193,26 +165,6 @@ def plan(
     return gemm1, gemm2, sums
 
 
-def token_sums(out: Tensor, y: Tensor, ids: Tensor, shares: Tensor | None, experts: int) -> Launch:
-    """out [T, N]: the sums over the slots y [T * top_k, N] of each token, times their shares [T, top_k]."""
-    tokens, top_k = ids.shape
-    return Launch(
-        fn=_token_sums,
-        grid=(tokens, triton.cdiv(y.shape[1], SUM_BLOCK_N)),
-        args={
-            "out_ptr": out,
-            "y_ptr": y,
-            "ids_ptr": ids,
-            "shares_ptr": shares,
-            "N": y.shape[1],
-            "out_stride": out.stride(0),
-            "y_stride": y.stride(0),
-        },
-        constants={"EXPERTS": experts, "TOP_K": top_k, "BLOCK_N": SUM_BLOCK_N},
-        options={"num_warps": 4},
-    )
-
-
 def _gemm(
     out: Tensor,
     x: Tensor,
@@ -225,14 +177,10 @@ def _gemm(
     tile: MoeTile,
 ) -> Launch:
     """out [slots, N or N/2] of the routed rows of x; a row of x serves `top_k` slots."""
-    blocks_m, zeros, perm = routing.expert_ids.numel(), weight.zeros, weight.perm
+    blocks_m = routing.expert_ids.numel()
     args = {
-        "out_ptr": out,
-        "x_ptr": x,
-        "codes_ptr": weight.codes,
-        "scales_ptr": weight.scales,
-        "zeros_ptr": zeros,
-        "perm_ptr": perm,
+        **pointers(out, x, weight),
+        "perm_ptr": weight.perm,
         "shares_ptr": shares,
         "sorted_ptr": routing.sorted_token_ids,
         "expert_ptr": routing.expert_ids,
@@ -240,15 +188,8 @@ def _gemm(
         "blocks_m": blocks_m,
         "N": weight.n,
         "K": weight.k,
-        "out_stride": out.stride(0),
-        "x_stride": x.stride(0),
-        "codes_expert": weight.codes.stride(0),
-        "codes_stride": weight.codes.stride(1),
-        "scales_expert": weight.scales.stride(0),
-        "scales_stride": weight.scales.stride(1),
-        "zeros_expert": 0 if zeros is None else zeros.stride(0),
-        "zeros_stride": 0 if zeros is None else zeros.stride(1),
-        "perm_expert": 0 if perm is None else perm.stride(0),
+        **strides(out, x, weight),
+        "perm_expert": first_stride(weight.perm),
     }
     constants = {
         "GROUP": weight.group,
@@ -256,7 +197,7 @@ def _gemm(
         "TOP_K": top_k,
         "ACTIVATION": activation,
         "GATED": gated,
-        "HAS_PERM": perm is not None,
+        "HAS_PERM": weight.perm is not None,
         "ROUTED": routing.block,
         "BLOCK_M": max(routing.block, MATRIX_ROWS),
         "BLOCK_N": tile.block_n,

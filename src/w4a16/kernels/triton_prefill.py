@@ -14,6 +14,7 @@ from ..layouts import PackedWeight
 from ..tuning.tiles import PrefillTile, capped_block_k
 from ._dequant import dequantized, magic_value
 from ._launch import Launch, runs
+from ._skinny import first_stride, pointers, strides
 
 SUM_BLOCK_M = 32
 RASTER_M = 8  # blocks of M that walk over N together, so that a tile of W stays in the cache
@@ -180,22 +181,14 @@ def plan(*, out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, t
         sums = out.new_empty((m, k // group), dtype=torch.float32)
         launches = (_sums_launch(sums, x, group),)
     args = {
-        "out_ptr": out,
-        "x_ptr": x,
-        "codes_ptr": weight.codes,
-        "scales_ptr": weight.scales,
-        "zeros_ptr": weight.zeros,
+        **pointers(out, x, weight),
         "bias_ptr": bias,
         "sums_ptr": sums,
         "M": m,
         "N": n,
         "K": k,
-        "out_stride": out.stride(0),
-        "x_stride": x.stride(0),
-        "codes_stride": weight.codes.stride(0),
-        "scales_stride": weight.scales.stride(0),
-        "zeros_stride": 0 if weight.zeros is None else weight.zeros.stride(0),
-        "sums_stride": 0 if sums is None else sums.stride(0),
+        **strides(out, x, weight),
+        "sums_stride": first_stride(sums),
     }
     constants = {
         "GROUP": group,

@@ -44,7 +44,8 @@ def inverse(order: tuple[int, ...]) -> tuple[int, ...]:
 
 def pack_exllama(weight: QuantizedWeight, act: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     zeros = None if weight.zeros is None else weight.zeros.contiguous()
-    return reorder_words(weight.codes, EXLLAMA_ORDER), weight.scales.to(act).contiguous(), zeros
+    scales = weight.scales.to(act, copy=True).contiguous()  # a view would keep the memory of what was read alive
+    return reorder_words(weight.codes, EXLLAMA_ORDER), scales, zeros
 
 
 def unpack_exllama(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:

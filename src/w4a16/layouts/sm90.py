@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from ..errors import Unsupported
-from ..weight import CODES_PER_WORD, QuantizedWeight, pack_nibbles, unpack_nibbles
+from ..weight import CODES_PER_WORD, QuantizedWeight, merge_nibbles, pack_nibbles, unpack_nibbles
 from .packed import PackedWeight
 
 SM90 = "SM90"
 TILE = 64  # rows, and columns, of a tile
 TILE_WORDS = TILE * TILE // CODES_PER_WORD
-BLOCK_TILES = 1 << 12  # tiles packed at a time: temporaries of some hundred MB at most
+BLOCK_TILES = 1 << 14  # tiles packed at a time: temporaries of 50 MB
 
 
 def sm90_group(group: int, k: int) -> str | None:
@@ -50,8 +50,8 @@ def pack_sm90(weight: QuantizedWeight, act: torch.dtype) -> tuple[Tensor, Tensor
     step = max(1, BLOCK_TILES // columns)
     for plain, packed in zip(weight.codes.view(-1, n, k // 8), codes.view(-1, *codes.shape[-2:]), strict=True):
         for start in range(0, rows, step):
-            block = unpack_nibbles(plain[start * TILE : (start + step) * TILE])
-            packed[start : start + step] = _tiled(_padded(block, columns * TILE, min(step, rows - start) * TILE))
+            block, tiles = plain[start * TILE : (start + step) * TILE], packed[start : start + step]
+            _tile(_padded(block, columns * TILE // CODES_PER_WORD, len(tiles) * TILE), tiles)
     groups = sm90_groups(weight.group, k)
     scales = _rows_paired(_padded(weight.scales.to(act), groups, rows * TILE))
     zeros = None if weight.zeros is None else _rows_paired(_padded(weight.zeros, groups, rows * TILE))
@@ -70,14 +70,17 @@ def unpack_sm90(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def _padded(grid: Tensor, columns: int, rows: int) -> Tensor:
+    if grid.shape[-2:] == (rows, columns):
+        return grid
     return torch.nn.functional.pad(grid, (0, columns - grid.shape[-1], 0, rows - grid.shape[-2]))
 
 
-def _tiled(codes: Tensor) -> Tensor:
-    """uint8 [R, C] of whole tiles -> int32 [R/64, C/64 * 512]."""
-    parts = codes.view(len(codes) // TILE, 4, 2, 8, codes.shape[1] // TILE, 4, 2, 4, 2)  # R w a r, C j b c d
-    words = parts.permute(0, 4, 1, 3, 7, 5, 8, 6, 2)  # R C w r c j, d b a
-    return pack_nibbles(words.reshape(len(codes) // TILE, -1))
+def _tile(words: Tensor, tiles: Tensor) -> None:
+    """int32 [R, C/8] of whole tiles -> int32 [R/64, C/64 * 512]."""
+    columns = words.shape[1] * CODES_PER_WORD // TILE
+    parts = words.contiguous().view(torch.uint8).view(-1, 4, 2, 8, columns, 4, 2, 4)  # R w a r C j b c, nibble d
+    into = tiles.view(torch.uint8).view(-1, columns, 4, 8, 4, 4, 2, 2)  # R C w r c j d b, nibble a
+    merge_nibbles(*parts.permute(0, 4, 1, 3, 7, 5, 6, 2).unbind(-1), *into.unbind(-2))
 
 
 def _untiled(words: Tensor) -> Tensor:
@@ -88,8 +91,8 @@ def _untiled(words: Tensor) -> Tensor:
 
 def _rows_paired(grid: Tensor) -> Tensor:
     """[..., N, groups] -> [..., groups, N] with rows r and r + 8 of every 16 side by side."""
-    paired: Tensor = grid.unflatten(-2, (-1, 2, 8)).transpose(-3, -2).flatten(-4, -2)
-    return paired.transpose(-1, -2).contiguous()
+    *lead, n, groups = grid.shape
+    return grid.reshape(-1, n // 16, 2, 8, groups).permute(0, 4, 1, 3, 2).reshape(*lead, groups, n)
 
 
 def _rows_in_order(grid: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
-from ..api import pack
+from ..api import pack, pack_experts
 from ..checkpoints import FORMATS, Checkpoint, Scheme
 from ..checkpoints.base import CHANNEL
 from ..checkpoints.stream import Stream
@@ -76,19 +77,24 @@ def skip_quantized(places: Places) -> Any:
         def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
             module, _, tensor = source_key.rpartition(".")
             ours = module in places.renamed and not (tensor == "bias" and module in places.biased)
+            ours = ours or source_key in places.large
             return (SKIPPED if ours else source_key), None
 
     return Skip(SKIPPED, SKIPPED)
 
 
-def raise_if_missing(model: Any, where: object) -> None:
-    """Makes transformers' loader raise BadCheckpoint where it would initialise a parameter at random."""
+def raise_if_missing(model: Any, places: Places, where: object) -> None:
+    """Makes transformers' loader raise BadCheckpoint where it would initialise a parameter at random.
+
+    Those of `places.large` it has to believe missing, and initialises, before `fill` gives them their values.
+    """
     adjust = model._adjust_missing_and_unexpected_keys
     # before 5.23 transformers compares no shape in a quantised model
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     def check(info: Any) -> None:
         del model._adjust_missing_and_unexpected_keys  # this function, which hides the method
+        info.missing_keys -= places.large.keys()
         adjust(info)
         info.unexpected_keys = {key for key in info.unexpected_keys if SKIPPED not in key}
         found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -106,28 +112,49 @@ def raise_if_missing(model: Any, where: object) -> None:
     model._adjust_missing_and_unexpected_keys = check
 
 
-def fill(model: Any, checkpoint: Checkpoint, places: Places, dtype: torch.dtype, shards: Shards) -> None:
-    """Reads one module after another, cuts it, packs it where the model's device map wants it, while the next are read.
+def read(checkpoint: Checkpoint, places: Places, device_of: Callable[[str], torch.device]) -> Stream:
+    """What `fill` asks for, in its order."""
+    items = [(stored, device_of(name)) for name, stored in (*places.large.items(), *places.linears.items())]
+    for name, found in places.experts.items():
+        items += [(module, device_of(name)) for module in checkpoint.expert_modules(found.prefix)]
+    return Stream(checkpoint, items)
+
+
+def warm(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    """Packs the smallest weight and drops it: CUDA loads the code of each kernel when it first runs, 0.1 s in all.
+
+    For a thread beside transformers' part of a load. What is wrong with the weight will be said when it is loaded.
+    """
+    with suppress(Exception):
+        smallest = min(checkpoint.quantized, key=lambda name: checkpoint.plan(name).n * checkpoint.plan(name).k)
+        with Stream(checkpoint, [(smallest, device)], readers=1) as stream:
+            pack(stream.weight(smallest), device=device, act=dtype)
+
+
+def fill(
+    model: Any, checkpoint: Checkpoint, places: Places, dtype: torch.dtype, shards: Shards, stream: Stream
+) -> None:
+    """Takes one module after another, cuts it, packs it where the model's device map wants it, while the next are read.
 
     Raises OverBudget when memory runs out, with the name of the module.
     """
-    devices = {name: _device(model, name) for name in (*places.linears, *places.experts)}
-    items = [(module, devices[name]) for name, module in places.linears.items()]
-    for name, found in places.experts.items():
-        items += [(module, devices[name]) for module in checkpoint.expert_modules(found.prefix)]
-    with Stream(checkpoint, items) as stream:
-        for at, name in enumerate(tqdm(devices, desc="Packing weights")):
-            module, device = model.get_submodule(name), devices[name]
-            with within_memory(f"{name}, weight {at + 1} of {len(devices)}", device):
+    names = [*places.linears, *places.experts]
+    with stream:
+        for name, stored in places.large.items():
+            with within_memory(name, device_of(model, name)):
+                model.get_parameter(name).data = stream.tensor(stored)  # in place: it may be tied
+        for at, name in enumerate(tqdm(names, desc="Packing weights")):
+            module, device = model.get_submodule(name), device_of(model, name)
+            with within_memory(f"{name}, weight {at + 1} of {len(names)}", device):
                 if name in places.linears:
                     weight = shards.linear(name, stream.weight(places.linears[name]))
                     module.set(pack(weight, device=device, act=dtype))
                 else:
                     w13, w2 = shards.experts(name, *checkpoint.experts(places.experts[name].prefix, stream))
-                    module.set(pack(w13, device=device, act=dtype), pack(w2, device=device, act=dtype))
+                    module.set(*pack_experts(w13, w2, device=device, act=dtype))
 
 
-def _device(model: Any, name: str) -> torch.device:
+def device_of(model: Any, name: str) -> torch.device:
     places: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
     held = [prefix for prefix in places if not prefix or name == prefix or name.startswith(f"{prefix}.")]
     return torch.device(places[max(held, key=len)]) if held else torch.device(model.device)

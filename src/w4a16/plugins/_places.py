@@ -7,13 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint
+from ..checkpoints.shards import DTYPES, Entry
 from ..errors import BadCheckpoint, Unsupported
 from ._names import private
 
 SHOWN = 6  # names that a message lists
+LARGE_BYTES = 1 << 24  # of a dense parameter that is worth reading ourselves
 SPELLINGS = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}
 
 
@@ -39,6 +41,7 @@ class Places:
     renamed  names of all quantised modules as transformers' loader sees them, after its renames
     biased   those of `renamed` whose bias is a parameter of the model
     dense    names on disk of the modules that stay dense and may be Linear, as a router is to some engines
+    large    parameters of LARGE_BYTES and more that the model keeps as they are stored: in the model to on disk
     """
 
     linears: dict[str, str] = field(default_factory=dict)
@@ -46,6 +49,7 @@ class Places:
     renamed: set[str] = field(default_factory=set)
     biased: set[str] = field(default_factory=set)
     dense: list[str] = field(default_factory=list)
+    large: dict[str, str] = field(default_factory=dict)
 
 
 def some(names: Iterable[str]) -> str:
@@ -76,6 +80,9 @@ def find_places(model: Any, checkpoint: Checkpoint) -> Places:
                 stray.append(key)
             elif source is None and key.endswith(".weight") and state[name].ndim == 2:
                 places.dense.append(key.removesuffix(".weight"))
+                kept = _kept(model, name, state[name], checkpoint.entries(key)[""])
+                if kept and api.rename_source_key(key, renamings, [])[0] == name:
+                    places.large[name] = key
             continue
         renamed = api.rename_source_key(key, renamings, [])[0].removesuffix(".weight")
         places.renamed.add(renamed)
@@ -99,6 +106,14 @@ def find_places(model: Any, checkpoint: Checkpoint) -> Places:
         if key.removesuffix(".bias") in placed:
             _want_zeros(checkpoint, key)
     return places
+
+
+def _kept(model: Any, name: str, parameter: Tensor, stored: Entry) -> bool:
+    """Whether a parameter is large and has the bytes that are stored: no cast, no other name for them, no shard."""
+    if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
+        return False
+    same = DTYPES[stored.dtype] == parameter.dtype and stored.shape == parameter.shape
+    return same and stored.nbytes >= LARGE_BYTES and name not in model.all_tied_weights_keys
 
 
 def _owner(model: Any, parameter: str) -> nn.Module:

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
-from ..api import moe, pack
+from ..api import experts_layout, moe, pack
 from ..checkpoints import Scheme
-from ..device import current_device
+from ..device import Device, current_device
 from ..dispatch import choose
 from ..errors import Unsupported
 from ..moe.activations import ACTIVATIONS
 from ..nn import W4A16Experts
 from ..problem import ACT_NAMES, Problem
-from ._vllm_formats import Convert, Cut, Stored, experts_of, in_order, layout, refusal
+from ._vllm_formats import Convert, Cut, Stored, experts_of, in_order, refusal
 from ._vllm_linear import say_served
 
 HALVES = {"w1": 0, "w3": 1}  # vLLM's names: gate is w1, up is w3, down is w2
@@ -54,10 +54,26 @@ def moe_refusal(layer: Any, scheme: Scheme) -> str | None:
         why = refusal(cut, scheme, layer.params_dtype, device)
         if why is not None:
             return why
-    wanted = [layout(cut, scheme, layer.params_dtype, device) for cut in cuts(config)]
-    if wanted[0] != wanted[1]:
-        return f"its two weights would be packed in two layouts, {' and '.join(wanted)}"
-    return _no_kernel(layer, scheme, wanted[0], device)
+    packed = _layout(config, scheme, layer.params_dtype, current_device(device))
+    return _no_kernel(layer, scheme, packed, device)
+
+
+def _layout(config: Any, scheme: Scheme, act: torch.dtype, device: Device) -> str:
+    """That of both weights of a layer."""
+    gate_up, down = (
+        Problem(
+            m=1,
+            n=cut.n,
+            k=cut.k,
+            group=cut.group(scheme),
+            act=ACT_NAMES[act],
+            has_zeros=not scheme.symmetric,
+            experts=config.num_local_experts,
+            top_k=1,
+        )
+        for cut in cuts(config)
+    )
+    return experts_layout(gate_up, down, device)
 
 
 def _no_kernel(layer: Any, scheme: Scheme, packed: str, device: torch.device) -> str | None:
@@ -169,7 +185,8 @@ class W4A16MoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             for name in stored.ignored:
                 self._take(layer, half, name)
             weight = experts_of(codes, scales, zeros, order, scheme=self.scheme, group=cut.group(self.scheme))
-            packed = pack(weight, device=codes.device, act=self.act)
+            layout = _layout(config, self.scheme, self.act, current_device(codes.device))
+            packed = pack(weight, device=codes.device, act=self.act, layout=layout)
             say_served("experts", packed, layer.layer_name)
             module.set(packed)
         layer.w4a16 = experts

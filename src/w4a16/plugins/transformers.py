@@ -6,10 +6,14 @@ W4A16Linear and W4A16Experts. transformers loads what is dense; w4a16 reads and 
 
 from __future__ import annotations
 
+import functools
+import gc
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,17 +23,28 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoints import open_checkpoint
+from ..checkpoints import Checkpoint, open_checkpoint
 from ..dense_cache import cache_loaded
 from ..errors import BadInput, Unsupported, explain_mismatch
 from ..problem import ACT_NAMES
 from ..residency import report
-from ._layers import fill, packed_state, raise_if_missing, skip_quantized, swap
+from ._layers import device_of, fill, packed_state, raise_if_missing, read, skip_quantized, swap, warm
 from ._names import private
 from ._places import find_places
 from ._tp import drop_expert_tensors, prepare, shards_of
 
 FORMATS = ("awq", "gptq", "compressed-tensors")
+
+
+@dataclass(frozen=True)
+class _Load:
+    """What `load_model` tells the quantiser: the checkpoint it has opened, and who ends what a failing load began."""
+
+    checkpoint: Checkpoint | None
+    cleanup: ExitStack
+
+
+_load: ContextVar[_Load | None] = ContextVar("w4a16_load", default=None)
 
 
 class W4A16Config(QuantizationConfigMixin):  # type: ignore[misc]
@@ -75,16 +90,34 @@ class W4A16Quantizer(HfQuantizer):  # type: ignore[misc]
         return dtype
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: Sequence[str] | None = None, dtype: torch.dtype | None = None, **_: Any
+        self,
+        model: Any,
+        checkpoint_files: Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
+        device_map: Any = None,
+        **_: Any,
     ) -> None:
         if not checkpoint_files:
             raise Unsupported("got a state dict, wanted a folder: w4a16 reads packed weights from files.")
-        self.folder, self.dtype = Path(checkpoint_files[0]).parent, dtype or model.dtype
-        with open_checkpoint(self.folder) as checkpoint:
-            self.places = find_places(model, checkpoint)
+        folder, self.dtype = Path(checkpoint_files[0]).parent, dtype or model.dtype
+        load = _load.get()
+        opened = None if load is None else load.checkpoint
+        self.checkpoint = opened if opened is not None and opened.path == folder else open_checkpoint(folder)
+        self.places = find_places(model, self.checkpoint)
+        gpu = _only_gpu(model, device_map)
+        if gpu is None:  # transformers reads as fast, or cuts what it reads
+            self.places.large.clear()
         swap(model, self.places, self.dtype)
         prepare(model, self.places)
-        raise_if_missing(model, self.folder)
+        raise_if_missing(model, self.places, folder)
+        self.stream = None
+        if load is not None and gpu is not None:
+            # both work while transformers does its part
+            self.stream = load.cleanup.enter_context(read(self.checkpoint, self.places, lambda _: gpu))
+            self.stream.begin()
+            warming = threading.Thread(target=warm, args=(self.checkpoint, gpu, self.dtype), daemon=True)
+            warming.start()
+            load.cleanup.callback(warming.join)
         # before 5.22 the loader leaves a renamed tensor of a pre-quantised model in the dtype that it has on disk
         self.pre_quantized = hasattr(HfQuantizer, "get_new_dtype")
 
@@ -97,8 +130,9 @@ class W4A16Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         self.pre_quantized = True
-        with open_checkpoint(self.folder) as checkpoint:
-            fill(model, checkpoint, self.places, self.dtype, shards_of(model))
+        stream = self.stream or read(self.checkpoint, self.places, functools.partial(device_of, model))
+        fill(model, self.checkpoint, self.places, self.dtype, shards_of(model), stream)
+        del self.checkpoint, self.stream
         cache_loaded(model)
         type(model).w4a16_report = report  # a bound function in the model would keep it alive until a collection
 
@@ -111,6 +145,15 @@ class W4A16Quantizer(HfQuantizer):  # type: ignore[misc]
         state, scheme = packed_state(model, self.places)
         model.config.quantization_config = self.quantization_config = W4A16Config(scheme)
         return state, {}
+
+
+def _only_gpu(model: Any, device_map: Any) -> torch.device | None:
+    """The GPU that all of the model goes to, or None."""
+    if not isinstance(device_map, dict) or list(device_map) != [""]:
+        return None
+    device = torch.device(device_map[""])
+    cut = getattr(model.config, "distributed_config", None) is not None
+    return device if device.type == "cuda" and not cut else None
 
 
 def _serves(config: dict[str, Any]) -> bool:
@@ -183,10 +226,25 @@ def _enabled() -> Iterator[None]:
         _release(who)
 
 
+@contextmanager
+def _loading(checkpoint: Checkpoint | None) -> Iterator[None]:
+    """One load: no garbage is collected, which takes 0.15 s among the million objects that transformers imports."""
+    collects = gc.isenabled()
+    gc.disable()
+    with ExitStack() as cleanup:
+        token = _load.set(_Load(checkpoint, cleanup))
+        try:
+            yield
+        finally:
+            _load.reset(token)
+            if collects:
+                gc.enable()
+
+
 def load_model(path_or_id: str, device: torch.device | str = "cpu", **kwargs: Any) -> Any:
     """A causal LM from a folder or a Hub id. kwargs go to `from_pretrained`; a `device_map` overrides `device`."""
-    if Path(path_or_id).is_dir():
-        open_checkpoint(path_or_id)  # what is wrong with it, before anything is loaded
+    # what is wrong with it, before anything is loaded
+    opened = open_checkpoint(path_or_id) if Path(path_or_id).is_dir() else None
     try:
         config, _ = PreTrainedConfig.get_config_dict(path_or_id, **kwargs)
     except OSError as error:
@@ -201,7 +259,7 @@ def load_model(path_or_id: str, device: torch.device | str = "cpu", **kwargs: An
         )
     if torch.device(device).type != "cpu":  # the CPU is transformers' own default, and asks for no accelerate
         kwargs.setdefault("device_map", {"": torch.device(device)})
-    with _enabled():
+    with _enabled(), _loading(opened):
         return AutoModelForCausalLM.from_pretrained(path_or_id, **kwargs)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from .attention import Attention
 from .labels import Scope
 from .names import ATTENTION, GEMM, W4A16
 from .shapes import Gemm
 from .trace import Kernel, Span
 
+Work = Scope | Gemm | Attention  # what is known of an operation: its shape, cost() and activation dtype
 CLAIMS = ("scope", "attention", "product")  # spans that own all that happens inside them
 
 
@@ -24,7 +26,7 @@ class Call:
 
     kind: str
     op: str
-    what: Scope | Gemm | None
+    what: Work | None
     layer: str | None
     phase: str | None
     kernels: list[Kernel] = field(default_factory=list)
@@ -41,7 +43,7 @@ class Call:
         """M, where it is known."""
         if isinstance(self.what, Scope):
             return self.what.problem.m
-        return self.what.m if self.what is not None and self.what.batch == 1 else None
+        return self.what.m if isinstance(self.what, Gemm) and self.what.batch == 1 else None
 
 
 @dataclass(slots=True)

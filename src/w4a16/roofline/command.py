@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..device import DEVICES, Device, known_device
+from ..device import DEVICES, Device, known_device, product_name
 from ..errors import BadInput, W4A16Error, explain_mismatch
 from .page import as_html
+from .peaks import GOLDEN, measured
 from .picture import write_png
 from .report import BY, make_report
 from .step import step_of
@@ -25,8 +26,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("trace", type=Path, help="a torch profiler trace, .json or .json.gz")
     p.add_argument("--by", default="op", choices=BY, help="what makes a row")
     p.add_argument("--phase", default="all", choices=("prefill", "decode", "all"), help="decode: up to 16 rows a call")
-    p.add_argument("--device", help=f"whose peaks; default: the trace's own device. {', '.join(DEVICES)}")
-    p.add_argument("--peaks", help="peaks in place of the published ones, as measured, say: TFLOPS,GB/S")
+    p.add_argument("--device", help=f"whose published peaks; default: the trace's device. {', '.join(DEVICES)}")
+    p.add_argument("--peaks", help="peaks in place of these: TFLOPS,GB/S")
+    p.add_argument("--golden", type=Path, default=GOLDEN, help="where `w4a16 device --save` keeps measured peaks")
     p.add_argument("--top", type=int, default=40, help="rows to print; the files have them all")
     for name in ("csv", "html", "png"):
         p.add_argument(f"--{name}", type=Path, help="also write this file")
@@ -37,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         trace = read(options.trace)
-        device = _with_peaks(known_device(options.device) if options.device else device_of(trace), options.peaks)
+        named = known_device(options.device) if options.device else bounds_of(trace, options.golden)
+        device = _with_peaks(named, options.peaks)
         report = make_report(trace, step_of(trace), device, by=options.by, phase=options.phase)
         print(as_table(report, options.top))
         if options.csv is not None:
@@ -66,6 +69,14 @@ def device_of(trace: Trace) -> Device | None:
     if len(found) > 1:  # gfx1100 or gfx1101: HIP counts either CUs or pairs of them
         found = [d for d in found if d.compute_units in (units, 2 * units)]
     return found[0] if found else None
+
+
+def bounds_of(trace: Trace, golden: Path = GOLDEN) -> Device | None:
+    """The device that a trace names, with the peaks that were measured on such a one, where they are kept."""
+    device = device_of(trace)
+    if device is None or not trace.kernels:
+        return device and measured(device, "cpu", golden)
+    return measured(device, product_name(str(trace.devices[0].get("name", "unnamed"))), golden)
 
 
 def _with_peaks(device: Device | None, peaks: str | None) -> Device | None:

@@ -37,6 +37,10 @@ class Scope:
     facts: Mapping[str, Fact] = field(default_factory=dict, hash=False)
 
     @property
+    def act(self) -> str:
+        return self.problem.act
+
+    @property
     def shape(self) -> str:
         """The problem alone, in the label's words."""
         return label(self.stem, self.problem).split(" ", 1)[1]

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 
 from .calls import Call, Context, call_of, context_of
 from .labels import Scope
-from .names import GEMM, W4A16, kind_of
-from .shapes import Gemm
+from .names import W4A16, kind_of
+from .replays import alone, from_replays
 from .trace import Kernel, Launch, Span, Thread, Trace, launch_of
 
 NESTED = 8  # ranges that may lie inside each other
@@ -20,6 +20,7 @@ def from_kernels(trace: Trace) -> Iterator[Call]:
     contexts = _contexts(trace, {id(w): w for w in launches.values() if w is not None}.values())
     owned: dict[int, Call] = {}
     replayed: list[tuple[Launch, Kernel]] = []
+    others: list[Call] = []
     for kernel in trace.kernels:
         launch = launches[id(kernel)]
         context = contexts[id(launch)] if launch is not None else Context(owner=_device_span(trace, kernel))
@@ -33,10 +34,11 @@ def from_kernels(trace: Trace) -> Iterator[Call]:
         elif launch is not None and launch.graph:
             replayed.append((launch, kernel))
         else:
-            yield _alone(context, kernel)
+            others.append(alone(context, kernel))
     _mark_parts(trace, owned)
+    yield from from_replays(replayed, contexts, [*owned.values(), *others])
     yield from owned.values()
-    yield from _replays(replayed, contexts, list(owned.values()))
+    yield from others
 
 
 def _device_span(trace: Trace, kernel: Kernel) -> Span | None:
@@ -64,12 +66,6 @@ def _contexts(trace: Trace, launches: Iterable[Launch]) -> dict[int, Context]:
     return found
 
 
-def _alone(context: Context, kernel: Kernel) -> Call:
-    """A kernel that no range or operator of interest launched: known by its name at best."""
-    kind = kind_of(kernel.name)
-    return Call(kind=kind.kind, op=kind.op, what=None, layer=context.layer, phase=context.phase, kernels=[kernel])
-
-
 def _mark_parts(trace: Trace, owned: dict[int, Call]) -> None:
     """A range around other ranges keeps its time and leaves the FLOPs to them."""
     for spans in trace.spans.values():
@@ -81,34 +77,3 @@ def _mark_parts(trace: Trace, owned: dict[int, Call]) -> None:
                     if id(outer) in owned:
                         owned[id(outer)].part = True
                 stack.append(span)
-
-
-def _replays(replayed: list[tuple[Launch, Kernel]], contexts: dict[int, Context], eager: list[Call]) -> Iterator[Call]:
-    """Kernels of graph replays. A replay opens no range; a kernel takes the problem under which the same kernel with
-    the same grid ran eagerly in this trace, where that is one problem only."""
-    known: dict[tuple[str, str], set[tuple[str, Scope | Gemm | None]]] = defaultdict(set)
-    first: set[tuple[str, str]] = set()
-    for call in eager:
-        what = call.what
-        if isinstance(what, Scope):  # the routing of another call is not this one's
-            facts = {name: value for name, value in what.facts.items() if name == "inter"}
-            what = Scope(stem=what.stem, problem=what.problem, facts=facts)
-        first.add((call.kernels[0].name, call.kernels[0].grid))
-        for kernel in call.kernels:
-            known[kernel.name, kernel.grid].add((call.op, what))
-    open_calls: dict[tuple[int, str, Scope | Gemm], Call] = {}
-    for launch, kernel in replayed:
-        key = (kernel.name, kernel.grid)
-        context, problems = contexts[id(launch)], known.get(key, set())
-        op, what = next(iter(problems)) if len(problems) == 1 else ("", None)
-        if what is None:
-            yield _alone(context, kernel)
-            continue
-        place = (id(launch), op, what)
-        if place not in open_calls or key in first:
-            if place in open_calls:
-                yield open_calls[place]
-            kind = W4A16 if isinstance(what, Scope) else GEMM
-            open_calls[place] = Call(kind, op, what, context.layer, context.phase, inferred=True)
-        open_calls[place].kernels.append(kernel)
-    yield from open_calls.values()

@@ -33,11 +33,11 @@ class Cost:
     flops: int
     bytes: int
 
-    def bound(self, device: Device) -> tuple[float, str]:
+    def bound(self, device: Device, act: str = "bf16") -> tuple[float, str]:
         """The least seconds on `device` and what binds it, `compute` or `memory`; (0, "") where peaks are unknown."""
         if not device.matrix_flops:
             return 0.0, ""
-        compute, memory = self.flops / device.matrix_flops, self.bytes / device.memory_bytes_per_s
+        compute, memory = self.flops / device.flops_of(act), self.bytes / device.memory_bytes_per_s
         return (compute, "compute") if compute > memory else (memory, "memory")
 
 
@@ -92,4 +92,4 @@ def bytes_moved(problem: Problem, routing: Routing | None = None) -> int:
 
 def bound_seconds(problem: Problem, device: Device, routing: Routing | None = None) -> float:
     """The larger of the time the bytes need and the time the FLOPs need; 0 on a device of unknown peaks."""
-    return cost(problem, routing).bound(device)[0]
+    return cost(problem, routing).bound(device, problem.act)[0]

@@ -49,6 +49,7 @@ _ATTENTION = re.compile(
     re.I,
 )
 _COPY = re.compile(r"^(Memcpy|Memset|Copy(HostTo|DeviceTo)|hipMem)", re.I)
+_INDUCTOR = re.compile(r"triton_(poi|per|red|for|unk)_")  # torch.compile names these by all that is around them
 ATTENTION_OP = re.compile(r"scaled_dot_product|flash_attn|_attention|attention_|paged_attn|flashinfer", re.I)
 
 
@@ -65,6 +66,8 @@ def kind_of(name: str) -> Kind:
     for stem in own_stems():
         if re.fullmatch(rf"_?{stem}(_\w+)?", name):
             return Kind(kind=W4A16, op=stem)
+    if _INDUCTOR.match(name):
+        return Kind(kind=OTHER, op="other")
     for pattern, op in _FOREIGN:
         if re.search(pattern, name):
             return Kind(kind=W4A16, op=op) if op else Kind(kind=OTHER, op="repack")

@@ -27,7 +27,7 @@ def as_html(report: Report) -> str:
     return template.substitute(
         title=html.escape(f"w4a16 roofline: {report.source}"),
         heading=html.escape(heading(report)),
-        notes="".join(f"<p>{html.escape(note)}</p>" for note in report.notes),
+        notes="".join(f"<p>{html.escape(note)}</p>" for note in filter(None, (report.bound_sentence(), *report.notes))),
         window=texts[0][1],
         bar=bar,
         key=key,

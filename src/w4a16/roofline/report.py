@@ -85,6 +85,17 @@ class Report:
             totals[call.kind] += call.us
         return totals
 
+    def bound_sentence(self) -> str:
+        """How far what is known of the step is from its bounds; "" where there are none."""
+        bound, known = sum(row.bound_us for row in self.rows), sum(row.known_us for row in self.rows)
+        whole = self.step.usage.window
+        if not bound or not whole:
+            return ""
+        return (
+            f"the bounds add up to {bound * 1e-3:.3f} ms: {100 * bound / known:.1f} % of the {known * 1e-3:.3f} ms of "
+            f"operations whose problem is known, {100 * bound / whole:.1f} % of the step"
+        )
+
 
 def make_report(trace: Trace, step: Step, device: Device | None, *, by: str = "op", phase: str = "all") -> Report:
     """Groups the calls of a step. Raises BadInput when the trace cannot be grouped or cut as asked."""
@@ -134,8 +145,8 @@ def _add(groups: dict[tuple[str, str], Row], call: Call, by: str, device: Device
         return
     name = call.op
     if by == "shape":
-        known = call.what.shape if call.what is not None else "?"
-        name = f"{call.op} {known}" if call.kind in (W4A16, GEMM) else call.op
+        if call.what is not None or call.kind in (W4A16, GEMM):
+            name = f"{call.op} {call.what.shape if call.what is not None else '?'}"
     elif by == "layer":
         name = call.layer or "(no layer)"
     row = _row(groups, name + (" (rest)" if call.part and by != "layer" else ""), "" if by == "layer" else call.kind)
@@ -163,7 +174,7 @@ def _count(row: Row, call: Call, device: Device | None) -> None:
         padding = routing.rows / routing.slots
     row.executed_flops += round(cost.flops * padding)
     if device is not None:
-        seconds, binds = cost.bound(device)
+        seconds, binds = cost.bound(device, call.what.act)
         row.compute_us += seconds * 1e6 if binds == "compute" else 0.0
         row.memory_us += seconds * 1e6 if binds == "memory" else 0.0
 

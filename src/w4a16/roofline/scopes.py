@@ -19,6 +19,7 @@ from ..device import is_capturing, nvtx_range
 from ..moe.route import choose_block
 from ..problem import Problem
 from ..tuning.gfx11_tiles import Gfx11Tile
+from ..tuning.sm90_moe_tiles import Sm90MoeTile
 from ..tuning.tiles import MoeTile
 from .labels import LAYER, label, parse
 
@@ -69,7 +70,9 @@ def moe_facts(topk_ids: Tensor, problem: Problem, intermediate: int, tile: objec
     ids = topk_ids.flatten().long()
     load = torch.bincount(ids[(ids >= 0) & (ids < problem.experts)], minlength=problem.experts).cpu()
     facts |= {"n_routed": int(load.sum()), "experts": int((load > 0).sum())}
-    if isinstance(tile, (MoeTile, Gfx11Tile)):
+    if isinstance(tile, Sm90MoeTile):
+        facts |= _blocks(load, tile.block_m)
+    elif isinstance(tile, (MoeTile, Gfx11Tile)):
         block = choose_block(problem.m, problem.top_k, problem.experts, tile.block_m)
         facts |= _blocks(load, block)
     return facts

@@ -46,13 +46,14 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True)
 class Gemm:
-    """A dense product of [M, K] and [K, N], `batch` of them."""
+    """A dense product of [M, K] and [K, N], `batch` of them; act is the key of the peak that it is held against."""
 
     m: int
     n: int
     k: int
     batch: int
     element_bytes: int
+    act: str = "bf16"
 
     @property
     def shape(self) -> str:
@@ -97,7 +98,8 @@ def _dense(name: str, inputs: tuple[Input, ...]) -> Gemm | None:
     if len(a) < 2 or len(a) != len(b) or a[-1] != b[-2]:
         return None
     size = 1 if inputs[left].type.startswith("Float8") else _BYTES.get(inputs[left].type, 2)
-    return Gemm(m=a[-2], n=b[-1], k=a[-1], batch=math.prod(a[:-2]), element_bytes=size)
+    act = _FLOATS.get(inputs[left].type, "bf16")
+    return Gemm(m=a[-2], n=b[-1], k=a[-1], batch=math.prod(a[:-2]), element_bytes=size, act=act)
 
 
 @functools.lru_cache(maxsize=1 << 14)

@@ -9,7 +9,7 @@ from .calls import Call
 from .launched import from_kernels
 from .names import GEMM, W4A16
 from .operators import from_operators
-from .trace import PHASES, Trace
+from .trace import PHASES, WARM_UP, Trace
 
 DECODE_ROWS = 16  # up to this many rows a call counts as decode
 
@@ -43,7 +43,8 @@ class Step:
 
 def step_of(trace: Trace) -> Step:
     """Every call of the trace: from its kernels, or from its operators where it has no kernel."""
-    calls = list(from_kernels(trace) if trace.kernels else from_operators(trace))
+    found = from_kernels(trace) if trace.kernels else from_operators(trace)
+    calls = [call for call in found if call.phase != WARM_UP]
     calls.sort(key=lambda c: c.kernels[0].start)
     _set_phases(calls)
     total = Usage()

@@ -55,7 +55,8 @@ def as_table(report: Report, top: int = 40) -> str:
         rest_us = sum(row.us for row in report.rows[top:])
         lines.append(f"... {len(report.rows) - top} more rows, {rest_us * 1e-3:.3f} ms (--top shows them)")
     lines += ["", *(f"{what:<24}{ms:>12}{share:>9}" for what, ms, share in step_lines(report))]
-    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+    bound = report.bound_sentence()
+    return "\n".join([*lines, *([bound] if bound else []), *(f"note: {note}" for note in report.notes)])
 
 
 def heading(report: Report) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, explain_mismatch
+from .attention import Attention, attention_of
 from .chrome import ChromeTrace
 from .labels import LAYER, Scope, parse
 from .names import ATTENTION_OP
@@ -21,6 +22,7 @@ from .shapes import Gemm, is_product, product_of
 Thread = tuple[Any, Any]  # process and thread of the host, or device and stream
 OPERATORS = ("op", "product", "attention")
 PHASES = ("prefill", "decode")
+WARM_UP = "warm-up"  # a range whose kernels tell the problems of others, and are not of the step
 _MODULE = "nn.Module: "
 
 
@@ -29,14 +31,14 @@ class Span:
     """A time range on the host.
 
     role  scope, product, attention, op (any other operator), layer, phase, or range (any other annotation)
-    what  the problem of a scope or product, where the trace tells it
+    what  the problem of a scope, product or attention, where the trace tells it
     """
 
     start: float
     end: float
     role: str
     name: str
-    what: Scope | Gemm | None = None
+    what: Scope | Gemm | Attention | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -160,11 +162,13 @@ def _span(name: str, category: str, start: float, end: float, arguments: dict[st
             return Span(start, end, "scope", name, scope)
         if name.startswith(LAYER):
             return Span(start, end, "layer", sys.intern(name.removeprefix(LAYER)))
-        return Span(start, end, "phase" if name in PHASES else "range", name)
+        return Span(start, end, "phase" if name in (*PHASES, WARM_UP) else "range", name)
     what = product_of(name, arguments)
     if what is not None or is_product(name):
         return Span(start, end, "product", name, what)
-    return Span(start, end, "attention" if ATTENTION_OP.search(name) else "op", name)
+    if ATTENTION_OP.search(name):
+        return Span(start, end, "attention", name, attention_of(name, arguments))
+    return Span(start, end, "op", name)
 
 
 def _integer(value: Any) -> int | None:

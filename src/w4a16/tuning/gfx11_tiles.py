@@ -10,7 +10,7 @@ from ..problem import Problem
 WMMA = 16  # rows, columns and depth of one matrix instruction
 LANES = 32
 GROUPS = (32, 64, 128)  # a trip of the loop is a group, or two of one step: it is unrolled
-FEEDS = ("registers", "lds")
+FEEDS = ("registers", "lds", "producers")
 ROUNDINGS = ("even", "zero")
 MOST_SUMS = 128  # accumulator registers a lane: twice as many leave none of 256 for operands
 
@@ -21,7 +21,8 @@ class Gfx11Tile:
 
     warps_m   warps along M; in feed "registers" each of them unpacks the same weights
     warps_n   warps along N
-    feed      the way of W to the matrix instruction: "registers" (each lane its own operand) or "lds" (unpacked once)
+    feed      the way of W to the matrix instruction: "registers" (each lane unpacks its own operand), "lds" (all warps
+              unpack each weight once), "producers" (so do as many warps again, which multiply nothing)
     dequant   "magic": (code - zero) * scale; "group_sum": MAGIC + code, the rest on the fp32 sum of each group
     rounding  of the product in "magic": to nearest "even", or towards "zero" (bf16)
     """
@@ -36,8 +37,18 @@ class Gfx11Tile:
     rounding: str = "even"
 
     @property
-    def warps(self) -> int:
+    def consumers(self) -> int:
+        """Warps that multiply."""
         return self.warps_m * self.warps_n
+
+    @property
+    def warps(self) -> int:
+        return self.consumers * (2 if self.feed == "producers" else 1)
+
+    @property
+    def sums(self) -> int:
+        """Accumulator registers of a lane."""
+        return self.block_m * self.block_n // (LANES * self.consumers) * (2 if self.dequant == "group_sum" else 1)
 
 
 def paired_block_k(block_k: int, k: int, group: int) -> int:
@@ -59,6 +70,8 @@ def gfx11_limit(tile: Gfx11Tile, problem: Problem, device: Device) -> str | None
             return f"{name} must be {' or '.join(known)}, not {value}"
     if tile.rounding == "zero" and (problem.act != "bf16" or tile.dequant != "magic"):
         return "rounding zero cuts the product of dequant magic in bf16; nothing else rounds in software"
+    if tile.feed == "producers" and (problem.experts or tile.dequant != "magic"):
+        return "feed producers is a linear layer's, with dequant magic: consumers know no scales"
     if problem.experts and (sentence := _moe_limit(tile, problem)):
         return sentence
     if tile.block_m < WMMA * tile.warps_m or tile.block_n < WMMA * tile.warps_n:
@@ -66,9 +79,8 @@ def gfx11_limit(tile: Gfx11Tile, problem: Problem, device: Device) -> str | None
         return f"a warp computes at least {WMMA} x {WMMA}, not {of_a_warp}"
     if paired_block_k(tile.block_k, problem.k, problem.group) < WMMA:
         return f"a step of K must be at least {WMMA} columns: block_k={tile.block_k}, k={problem.k}"
-    sums = tile.block_m * tile.block_n // (LANES * tile.warps) * (2 if tile.dequant == "group_sum" else 1)
-    if sums > MOST_SUMS:
-        return f"{sums} accumulator registers a lane; more than {MOST_SUMS} leave none for operands"
+    if tile.sums > MOST_SUMS:
+        return f"{tile.sums} accumulator registers a lane; more than {MOST_SUMS} leave none for operands"
     shared = gfx11_shared_bytes(tile, problem)
     if shared > device.shared_bytes:
         return f"{shared} bytes of LDS, {device.arch} has {device.shared_bytes}"
@@ -87,6 +99,6 @@ def _moe_limit(tile: Gfx11Tile, problem: Problem) -> str | None:
 
 
 def gfx11_shared_bytes(tile: Gfx11Tile, problem: Problem) -> int:
-    """Two blocks of x and, in feed "lds", two of weights, 16 bits each."""
-    rows = tile.block_m + (tile.block_n if tile.feed == "lds" else 0)
+    """Two blocks of x and, but in feed "registers", two of weights, 16 bits each."""
+    rows = tile.block_m + (0 if tile.feed == "registers" else tile.block_n)
     return 4 * rows * paired_block_k(tile.block_k, problem.k, problem.group)

@@ -21,7 +21,8 @@ from ..bench.providers import PROVIDERS, problem_of
 from ..bench.run import BOUNDS, random_weight
 from ..bench.timer import copies_for, time_calls
 from ..device import Device, current_device, this_machine
-from ..dispatch import TABLE, launcher
+from ..dispatch import launcher
+from ..dispatch_table import TABLE
 from ..errors import BadInput, W4A16Error, explain_mismatch
 from ..layouts import PackedWeight, pack
 from ..problem import ACT_DTYPES, Problem

@@ -11,6 +11,7 @@ from ..problem import Problem
 
 MOST_CLUSTER = 8  # programs of a cluster on every Hopper GPU
 SPLITS = (1, 2, 3, 4, 6, 8)
+ADDING_TILES = 4  # what adding the parts of a cluster takes, in tiles of 64 x 64 a program reads: 1 to 1.5 us
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,8 @@ class Sm90DecodeTile:
 
     depth      tiles of 64 columns on their way, in registers
     split_k    programs of a cluster that share K; 0: as many as fill the SMs
-    slabs      of x (depth tiles wide) that shared memory holds whole; more than these pass through a ring of three
+    slabs      of x (depth tiles wide) that shared memory holds whole; more than these pass through a ring
+    ring       slabs of that ring: one is read while the others are on their way
     residents  programs an SM holds at a time, by the registers they take
     registers  the most a thread may have; 0: as many as the compiler likes
     """
@@ -28,6 +30,7 @@ class Sm90DecodeTile:
     depth: int = 8
     split_k: int = 0
     slabs: int = 3
+    ring: int = 3
     residents: int = 5
     registers: int = 0
 
@@ -39,6 +42,8 @@ class Sm90PrefillTile:
     block_k     columns of K between two waits for the matrix units
     stages      tiles of x and of codes, 64 columns each, in the ring
     residents   programs an SM holds at a time
+    in_turn     warpgroups start their products one after the other
+    registers   a thread has at the start; fewer than fill an SM leave room for programs of the next launch; 0: all
     split_k     parts of K; 0: as many as end first (`sm90_us`)
     step_ns     measured: 64 columns of K, on every SM
     """
@@ -48,12 +53,16 @@ class Sm90PrefillTile:
     block_k: int
     stages: int
     residents: int = 1
+    in_turn: bool = False
+    registers: int = 0
     split_k: int = 0
     step_ns: float = 0.0
 
 
-# Of the time of a launch, fitted to 120 measurements (docs/measured.md, #7): microseconds, and per byte of the parts.
-WAVE_US, ADD_US, ADD_US_PER_BYTE, FULL_US = 1.78, 2.44, 0.236e-6, 2.16
+# Of the time of a launch, fitted to 444 measurements (docs/measured.md, #7): microseconds, and per byte of the parts.
+# FULL_US: tiles that leave no registers for the programs that add the parts; ALONE: a step of a program that has an SM
+# to itself where two could have it.
+WAVE_US, ADD_US, ADD_US_PER_BYTE, FULL_US, ALONE = 1.80, 1.62, 0.236e-6, 2.55, 0.58
 
 
 def cdiv(a: int, b: int) -> int:
@@ -69,12 +78,13 @@ def sm90_us(tile: Sm90PrefillTile, problem: Problem, device: Device) -> float:
     units = _blocks(tile, problem) * tile.split_k
     slots = device.compute_units * tile.residents
     steps = cdiv(cdiv(problem.k, tile.block_k), tile.split_k) * (tile.block_k // TILE)
-    us = cdiv(units, slots) * (WAVE_US + steps * tile.step_ns * 1e-3)
+    step_us = tile.step_ns * 1e-3 * (ALONE if tile.residents > 1 and units <= device.compute_units else 1.0)
+    us = cdiv(units, slots) * (WAVE_US + steps * step_us)
     if tile.split_k == 1:
         return us
     parts = 8 * tile.split_k * problem.m * problem.n  # bytes written and read
-    # With no SM to spare, nothing of the next launch overlaps this one.
-    return us + ADD_US + parts * ADD_US_PER_BYTE + (FULL_US if units > 0.8 * slots else 0.0)
+    crowded = not tile.registers and units > 0.8 * slots
+    return us + ADD_US + parts * ADD_US_PER_BYTE + (FULL_US if crowded else 0.0)
 
 
 def prefill_splits(tile: Sm90PrefillTile, problem: Problem, device: Device) -> Iterable[int]:
@@ -86,14 +96,19 @@ def prefill_splits(tile: Sm90PrefillTile, problem: Problem, device: Device) -> I
 
 
 def decode_split(tile: Sm90DecodeTile, problem: Problem, device: Device) -> int:
-    """The parts of K that end first: three programs of an SM keep its memory busy, and too many wait in turn."""
+    """The parts of K that end first, by what a program waits for its memory and what all of them read.
+
+    In tiles of a program of four warps with eight tiles on their way, of which three keep an SM's memory busy.
+    """
     blocks, tiles = cdiv(problem.n, 16 * tile.warps), cdiv(problem.k, TILE)
 
     def cost(split: int) -> float:
-        a_sm = cdiv(blocks * split, device.compute_units)
-        rounds = cdiv(a_sm, tile.residents)
-        busy = min(a_sm, tile.residents)
-        return rounds * busy * cdiv(tiles, split) / min(busy, 3)
+        mine = cdiv(tiles, split * tile.depth) * tile.depth
+        an_sm = blocks * split / device.compute_units
+        turns = max(an_sm / tile.residents, 1.0)
+        waiting = turns * mine * 8 / tile.depth
+        reading = (an_sm + (turns > 1)) * mine * tile.warps / 12  # a last one ends alone
+        return max(waiting, reading) + (ADDING_TILES * turns if split > 1 else 0)  # every wave adds its parts
 
     splits = [split for split in (1, 2, 4, 8) if split <= max(1, tiles // tile.depth)]
     return min(splits, key=cost)
@@ -117,14 +132,18 @@ def _decode_limit(tile: Sm90DecodeTile, problem: Problem) -> str | None:
         return f"depth must be 2, 4, 8 or 16, not {tile.depth}"
     if tile.split_k not in (1, 2, 4, 8):
         return f"split_k must be 1, 2, 4 or 8 (a cluster has at most {MOST_CLUSTER} programs), not {tile.split_k}"
-    return None if tile.slabs >= 3 else f"slabs must be at least 3, not {tile.slabs}"
+    if not 2 <= tile.ring <= tile.slabs:
+        return f"ring must be 2 to slabs ({tile.slabs}), not {tile.ring}"
+    return None
 
 
 def _prefill_limit(tile: Sm90PrefillTile, device: Device) -> str | None:
-    if tile.block_m not in (8, 16, 32, 64, 128, 256):
-        return f"block_m must be a power of two of 8 to 256, not {tile.block_m}"
+    if tile.block_m not in (8, 16, 32, 64, 96, 128, 160, 192, 256):
+        return f"block_m must be a power of two of 8 to 256, or 96, 160 or 192, not {tile.block_m}"
     if tile.warpgroups not in (1, 2, 3):
         return f"warpgroups must be 1, 2 or 3, not {tile.warpgroups}"
+    if tile.in_turn and tile.warpgroups == 1:
+        return "in_turn needs two warpgroups or three, not 1"
     if tile.block_k not in (64, 128, 256) or tile.stages < 2 * tile.block_k // TILE:
         return f"block_k must be 64, 128 or 256 and the ring two of them: block_k={tile.block_k}, stages={tile.stages}"
     shared = sm90_shared_bytes(tile)

@@ -11,7 +11,8 @@ A device's rows are those of its own table (gfx1151.toml), then its family's (gf
     use = false                       # kept to be compared: production never takes it
 
 Conditions: m_min m_max n_min n_max k_min k_max group_min group_max (inclusive), group, k_multiple_of,
-k_per_n_min (K >= v N), n_per_k_min (N >= v K), n_above_k (N > K), act, has_zeros, arch (a list), nk (a list of [N, K]).
+k_per_n_min (K >= v N), n_per_k_min (N >= v K), n_above_k (N > K), act, has_zeros, arch (a list), nk (a list of [N, K]);
+experts: load_min load_max (tokens x top_k / experts).
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ _CONDITIONS: dict[str, Callable[[Any, Problem, Device], bool]] = {
     "act": lambda v, p, d: p.act == v,
     "has_zeros": lambda v, p, d: p.has_zeros == v,
     "arch": lambda v, p, d: d.arch in v,
+    "load_min": lambda v, p, d: p.m * p.top_k >= v * p.experts,
+    "load_max": lambda v, p, d: p.m * p.top_k <= v * p.experts,
     "nk": lambda v, p, d: [p.n, p.k] in v,
 }
 _REST = ("tile", "why", "measured", "use")

@@ -8,6 +8,7 @@ from typing import Any
 from ..device import Device
 from ..problem import Problem
 from .gfx11_tiles import Gfx11Tile, gfx11_limit
+from .sm90_moe_tiles import Sm90MoeTile, sm90_moe_limit
 from .sm90_tiles import Sm90DecodeTile, Sm90PrefillTile, sm90_limit
 
 # Forms of dequantisation and the activation dtypes each serves; kernels/_dequant.py says what they compute.
@@ -106,6 +107,7 @@ TILES: dict[str, type[Any]] = {
     "triton_moe": MoeTile,
     "sm90_decode": Sm90DecodeTile,
     "sm90_prefill": Sm90PrefillTile,
+    "sm90_moe": Sm90MoeTile,
     "gfx11_prefill": Gfx11Tile,
     "gfx11_moe": Gfx11Tile,
 }
@@ -134,6 +136,8 @@ def why_illegal(stem: str, tile: Any, problem: Problem, device: Device) -> str |
         return _resident_limit(tile)
     if isinstance(tile, Sm90DecodeTile | Sm90PrefillTile):
         return sm90_limit(tile, problem, device)
+    if isinstance(tile, Sm90MoeTile):
+        return sm90_moe_limit(tile, problem, device)
     sizes = {name: value for name, value in vars(tile).items() if isinstance(value, int) and name not in _FREE}
     for name, value in sizes.items():
         if value < 1 or value & (value - 1):

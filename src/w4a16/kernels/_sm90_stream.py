@@ -1,0 +1,70 @@
+"""What a stream of tiles of layout SM90 is, from memory into operands of mma.sync: codes and scales in registers."""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from ..compat import copy_to_shared
+from ._sm90 import operand
+
+
+@gluon.constexpr_function
+def chunk_of(group, depth):
+    """Tiles in a row that surely share their scales."""
+    tiles = max(group // 64, 1)
+    return min(tiles & -tiles, depth)
+
+
+@gluon.jit
+def put(values, i: gl.constexpr, value):
+    """The tuple with another value at i."""
+    return values[:i] + (value,) + values[i + 1 :]
+
+
+@gluon.jit
+def words_of(codes_at, i: gl.constexpr, left):
+    """Tile i from here on; past the end of K anything: x is zero there."""
+    return gl.load(codes_at + i * 512, mask=i < left, eviction_policy="evict_first")
+
+
+@gluon.jit
+def of_group(at_ptr, i: gl.constexpr, tile, left, GROUP: gl.constexpr, CHUNK: gl.constexpr, stride):
+    """What the group of tile i from here on has for each row. at_ptr: at the group of `tile`, which is here; for groups
+    that end within a trip and not within a chunk, at the first of all."""
+    if GROUP == 32 or GROUP == 64 * CHUNK:
+        at = at_ptr + (i * 64 // GROUP) * stride
+    else:
+        at = at_ptr + (tile + i) * 64 // GROUP * stride
+    return gl.load(at, mask=i < left, other=0)
+
+
+@gluon.jit
+def beside_sums(scales, WARPS: gl.constexpr, mma: gl.constexpr):
+    """Scales [WARPS, 8, 2] of a thread's rows as a column beside its sums."""
+    rows = scales.reshape([WARPS, 8, 2]).permute([0, 2, 1]).reshape([16 * WARPS])
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, mma), assert_trivial=True)
+    return gl.expand_dims(rows.to(gl.float32), 1)
+
+
+@gluon.jit
+def halves(pairs, DTYPE: gl.constexpr, WARPS: gl.constexpr, layout: gl.constexpr):
+    """What `centred` gave of a tile of two groups, as two operands [16 * WARPS, 32]."""
+    t0, t1, t2, t3 = pairs
+    near0, far0 = gl.split(t0.reshape([WARPS, 8, 4, 2, 2]).permute([0, 1, 2, 4, 3]))
+    near1, far1 = gl.split(t1.reshape([WARPS, 8, 4, 2, 2]).permute([0, 1, 2, 4, 3]))
+    near2, far2 = gl.split(t2.reshape([WARPS, 8, 4, 2, 2]).permute([0, 1, 2, 4, 3]))
+    near3, far3 = gl.split(t3.reshape([WARPS, 8, 4, 2, 2]).permute([0, 1, 2, 4, 3]))
+    near = operand((near0, near1, near2, near3), None, DTYPE, WARPS, layout)
+    return near, operand((far0, far1, far2, far3), None, DTYPE, WARPS, layout)
+
+
+@gluon.jit
+def ask_slab(slab, x_at, valid, k, K, trip, DEPTH: gl.constexpr):
+    """Starts copying the columns of x of one trip; zeros past the end of K, and for rows that are padding."""
+    ahead = trip * (64 * DEPTH)
+    copy_to_shared(slab, x_at + ahead, mask=valid & (k + ahead < K))
+    async_copy.commit_group()

@@ -1,0 +1,251 @@
+"""sm90_moe: an expert layer on Hopper's warpgroup matrix units, over blocks of routed rows.
+
+As sm90_prefill: out^T = W @ x^T, W dequantised in registers. A warpgroup keeps two tiles of 64 rows of W, each with its
+own sums, over the same x: a gate tile and its up tile, so that the activation is thread-local, or two adjacent ones.
+Producers copy codes by TMA; gemm1 gathers rows of x with asynchronous copies, gemm2 reads the hidden rows by TMA, where
+gemm1 left them in the order of the route.
+"""
+
+# mypy: disable-error-code="assignment, var-annotated, unreachable"
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..device import current_device, known_device
+from ..layouts import PackedWeight
+from ..layouts.sm90 import TILE, TILE_WORDS
+from ..moe.route import Route
+from ..tuning.sm90_moe_tiles import Sm90MoeTile
+from . import sm90_moe_decode
+from ._launch import Launch, runs
+from ._permuted_rows import permuted_rows
+from ._sm90 import aligned, groups_a_tile
+from ._sm90_moe_consumer import consume, scales_sums
+from ._sm90_moe_producer import BOX_ROWS, THREADS, WARPGROUPS, produce
+from ._token_sums import placed_sums
+from .route import route_launches
+
+LEAST_SORTED = 8  # slots a block of experts in act-order, whose rows are put in order by the route
+# Of a thread of consumers, and of the producer, which gathers so many rows: together all that an SM has.
+REGISTERS = {32: (224, 56), 64: (224, 56), 128: (216, 72)}
+ALIGNMENT = 16  # elements: copies take 16 bytes, and Triton knows of multiples of 16
+
+
+@gluon.jit(do_not_specialize=["slots"])
+def _sm90_moe(
+    out_desc,  # [positions, WIDTH] in boxes of [32, 64]
+    x_ptr,  # [slots / TOP_K, K], gathered; None: x_desc
+    x_stride,
+    x_desc,  # [positions, K] in boxes of [32, 64]; None: x_ptr
+    codes_desc,  # int32 [E * N/64 * K/64 * 16, 32] in boxes of one tile, layout SM90
+    scales_desc,  # [E * K/G, N_PADDED] in boxes of one tile's groups and rows
+    zeros_desc,  # uint8 like scales, or None: every zero point is 8
+    shares_ptr,  # [slots], or None: what multiplies a row of x
+    sorted_ptr,  # [positions] int32: slots by expert; padding is `slots`
+    expert_ptr,  # [positions / BLOCK_M] int32
+    used_ptr,  # [1] int32: positions in use
+    slots,
+    K,
+    tiles_n,  # of 64 rows, an expert
+    groups,  # rows of scales, an expert
+    GROUP: gl.constexpr,
+    GATED: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    TOP_K: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+):
+    DTYPE: gl.constexpr = scales_desc.dtype
+    GROUPS: gl.constexpr = groups_a_tile(GROUP)
+    GATHERS: gl.constexpr = x_ptr is not None
+    x_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    xs = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, 64], x_layout)
+    codes_layout: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
+    codes = gl.allocate_shared_memory(gl.int32, [STAGES * 2, WARPGROUPS * 16, 32], codes_layout)
+    scales = gl.allocate_shared_memory(DTYPE, [STAGES * 2, GROUPS, WARPGROUPS * 64], scales_desc.layout)
+    if zeros_desc is None:
+        zeros: gl.constexpr = None
+    else:
+        zeros = gl.allocate_shared_memory(gl.uint8, [STAGES * 2, GROUPS, WARPGROUPS * 64], zeros_desc.layout)
+    outs = gl.allocate_shared_memory(out_desc.dtype, [WARPGROUPS, BLOCK_M, 64], out_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1 + THREADS if GATHERS else 1)
+        mbarrier.init(empty.index(i), count=WARPGROUPS)
+    fence_async_shared()
+    C: gl.constexpr = CONSUMER_REGISTERS
+    P: gl.constexpr = PRODUCER_REGISTERS
+    ring = (xs, codes, scales, full, empty)
+    x = (x_ptr, x_stride, x_desc)
+    w = (codes_desc, scales_desc, zeros_desc)
+    routing = (sorted_ptr, expert_ptr, used_ptr, slots)
+    sizes = (K, tiles_n, groups)
+    # fmt: off
+    gl.warp_specialize([
+        (consume, (0, out_desc, shares_ptr, ring, zeros, outs, routing, sizes,
+         GROUP, GATED, ACTIVATION, BLOCK_M, STAGES, GATHERS)),
+        (consume, (1, out_desc, shares_ptr, ring, zeros, outs, routing, sizes,
+         GROUP, GATED, ACTIVATION, BLOCK_M, STAGES, GATHERS)),
+        (produce, (x, w, ring, zeros, routing, sizes,
+         GROUP, GATED, TOP_K, BLOCK_M, STAGES)),
+    ], [4, 4], [C, P])
+    # fmt: on
+
+
+def gemm(
+    *,
+    out: Tensor,
+    x: Tensor,
+    weight: PackedWeight,
+    routing: Route,
+    shares: Tensor | None,
+    top_k: int | None,
+    activation: str | None,
+    gated: bool,
+    tile: Sm90MoeTile,
+) -> Launch:
+    """out [positions, N, or N/2 where gated] of the routed rows of x.
+
+    top_k: the row of a slot is slot // top_k; None: rows of x stand in the order of positions, as those of out do.
+    shares [slots]: what multiplies a row of x, before the activation.
+    """
+    tiles_n, tiles_k, groups = weight.codes.shape[-2], weight.codes.shape[-1] // TILE_WORDS, weight.scales.shape[-2]
+    group = tiles_k * TILE if weight.group == weight.k else weight.group
+    box = [BOX_ROWS.value, TILE]
+    codes = weight.codes.view(-1, tiles_k * 16, TILE_WORDS // 16)
+    codes_box = [WARPGROUPS.value, 16, TILE_WORDS // 16]
+    args = {
+        "out_desc": TensorDescriptor.from_tensor(out, box, gl.NVMMASharedLayout(128, 8 * out.itemsize, 2)),
+        "x_ptr": None if top_k is None else x,
+        "x_stride": x.stride(0),
+        "x_desc": None if top_k else TensorDescriptor.from_tensor(x, box, gl.NVMMASharedLayout(128, 16, 2)),
+        "codes_desc": TensorDescriptor.from_tensor(codes, codes_box, gl.NVMMASharedLayout(128, 32, 3)),
+        "scales_desc": _row_desc(weight.scales, group),
+        "zeros_desc": None if weight.zeros is None else _row_desc(weight.zeros, group),
+        "shares_ptr": shares,
+        "sorted_ptr": routing.sorted_token_ids,
+        "expert_ptr": routing.expert_ids,
+        "used_ptr": routing.num_tokens_post_padded,
+        "slots": routing.position.numel(),
+        "K": weight.k,
+        "tiles_n": tiles_n,
+        "groups": groups,
+    }
+    consumer, producer = REGISTERS[tile.block_m]
+    constants = {
+        "GROUP": group,
+        "GATED": gated,
+        "ACTIVATION": activation,
+        "TOP_K": top_k,
+        "BLOCK_M": tile.block_m,
+        "STAGES": tile.stages,
+        "CONSUMER_REGISTERS": consumer,
+        "PRODUCER_REGISTERS": producer,
+    }
+    options = {"num_warps": 4, "launch_pdl": True}
+    sms = (current_device(x.device) if x.is_cuda else known_device("sm90")).compute_units
+    units = routing.expert_ids.numel() * triton.cdiv(triton.cdiv(tiles_n, 2), WARPGROUPS.value)
+    grid = (min(units, sms),)
+    return Launch(fn=_sm90_moe, grid=grid, args=args, constants=constants, options=options)
+
+
+def _row_desc(grid: Tensor, group: int) -> TensorDescriptor:
+    """Scales or zero points of all experts in boxes of adjacent tiles."""
+    rows = grid.view(-1, grid.shape[-1])
+    box = [groups_a_tile(group), WARPGROUPS.value * TILE]
+    return TensorDescriptor.from_tensor(rows, box, gl.NVMMASharedLayout(0, 8 * grid.itemsize, 2))
+
+
+def plan(
+    *,
+    out: Tensor,
+    x: Tensor,
+    w13: PackedWeight,
+    w2: PackedWeight,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: str,
+    gated: bool,
+    weight_input: bool,
+    linear: Callable[[Tensor, PackedWeight], Tensor] | None = None,
+    tile: Sm90MoeTile,
+) -> tuple[Launch, ...]:
+    """The launches of an expert layer, out [T, H]: route, gemm1, gemm2, sums; `linear` is unused here."""
+    top_k, in_order = topk_ids.shape[1], w13.perm is None and w2.perm is None
+    x, shares = aligned(x, ALIGNMENT), topk_weights.contiguous()
+    if tile.block_m == 1 and tile.gemms is not None and in_order:
+        return sm90_moe_decode.few(
+            out=out,
+            x=x,
+            w13=w13,
+            w2=w2,
+            topk_weights=shares,
+            topk_ids=topk_ids,
+            activation=activation,
+            gated=gated,
+            weight_input=weight_input,
+            tile=tile.gemms[0],
+            tile2=tile.gemms[1],
+        )
+    block = max(tile.block_m, LEAST_SORTED)
+    routing, launches = route_launches(topk_ids, w13.experts, block, pdl=True)
+    positions = routing.sorted_token_ids.numel()
+    hidden = out.new_empty((positions, w2.k))
+    # In groups of 32 every weight is scaled, and rounded; rounding y as well would pass bf16's bound on the error.
+    rounded = scales_sums(w13.group) and scales_sums(w2.group)
+    y = out.new_empty((positions, w2.n), dtype=out.dtype if rounded else torch.float32)
+    x, before1 = _ordered(x, w13, routing, top_k)
+    gemm1 = _gemm_of(tile, 1)(
+        out=hidden,
+        x=x,
+        weight=w13,
+        routing=routing,
+        shares=shares if weight_input else None,
+        top_k=None if before1 else top_k,
+        activation=activation,
+        gated=gated,
+    )
+    rows, before2 = _ordered(hidden, w2, routing, None)
+    gemm2 = _gemm_of(tile, 2)(
+        out=y,
+        x=rows,
+        weight=w2,
+        routing=routing,
+        shares=None,
+        top_k=None,
+        activation=None,
+        gated=False,
+    )
+    sums = placed_sums(out, y, routing.position, shares=None if weight_input else shares)
+    return *launches, *before1, gemm1, *before2, gemm2, sums
+
+
+def _gemm_of(tile: Sm90MoeTile, which: int) -> Callable[..., Launch]:
+    """The kernel of gemm1 or gemm2, with its tile: mma.sync for narrow blocks, wgmma for wide ones."""
+    if tile.gemms is not None:
+        return functools.partial(sm90_moe_decode.gemm, tile=tile.gemms[which - 1])
+    return functools.partial(gemm, tile=tile)
+
+
+def _ordered(x: Tensor, weight: PackedWeight, routing: Route, top_k: int | None) -> tuple[Tensor, tuple[Launch, ...]]:
+    """x as a kernel that copies rows whole takes it: in act-order, rows are gathered by a launch before."""
+    if weight.perm is None:
+        return x, ()
+    rows, launch = permuted_rows(x, weight.perm, routing, top_k)
+    return rows, (launch,)
+
+
+sm90_moe = runs(plan)

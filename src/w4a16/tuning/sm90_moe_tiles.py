@@ -1,0 +1,66 @@
+"""Tiles of sm90_moe, and what Hopper's registers and shared memory allow of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ..device import Device
+from ..layouts.sm90 import TILE
+from ..problem import Problem
+from .sm90_tiles import Sm90DecodeTile, sm90_limit
+
+NARROW, WIDE = (1, 8, 16), (32, 64, 128)  # slots a block: by mma.sync, by wgmma
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sm90MoeTile:
+    """One program computes [block_m, 128] of a gated product, or [block_m, 256] of another, at a time.
+
+    block_m       slots a block of one expert has at most. 1: slots are not sorted. 1, 8 and 16 take mma.sync; 32, 64
+                  and 128 take wgmma, a block with fewer rows a narrower product
+    stages        tiles of x and of codes, 64 columns each, in the ring (wgmma)
+    gemm1, gemm2  the tiles of mma.sync
+    """
+
+    block_m: int
+    stages: int = 6
+    gemm1: Sm90DecodeTile | None = None
+    gemm2: Sm90DecodeTile | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("gemm1", "gemm2"):
+            given = getattr(self, name)
+            if isinstance(given, Mapping):  # of a tuning row
+                object.__setattr__(self, name, Sm90DecodeTile(**given))
+
+    @property
+    def gemms(self) -> tuple[Sm90DecodeTile, Sm90DecodeTile] | None:
+        """The tiles of mma.sync; None where wgmma computes."""
+        if self.block_m not in NARROW or self.gemm1 is None or self.gemm2 is None:
+            return None
+        return self.gemm1, self.gemm2
+
+
+def sm90_moe_limit(tile: Sm90MoeTile, problem: Problem, device: Device) -> str | None:
+    """None when `tile` may run `problem` on `device`, else one sentence."""
+    if device.arch != "sm90":
+        return f"its instructions are those of sm90; this is {device.arch}"
+    if tile.block_m in NARROW:
+        if tile.gemms is None:
+            return f"blocks of {tile.block_m} slots need gemm1 and gemm2, the tiles of mma.sync"
+        block = replace(problem, m=tile.block_m)
+        return next(filter(None, (sm90_limit(each, block, device) for each in tile.gemms)), None)
+    if tile.block_m not in WIDE:
+        return f"block_m must be one of {', '.join(map(str, NARROW + WIDE))}, not {tile.block_m}"
+    if tile.stages < 2:
+        return f"stages must be at least 2, not {tile.stages}"
+    shared = sm90_moe_shared_bytes(tile)
+    return None if shared <= device.shared_bytes else f"{shared} bytes of shared memory, not {device.shared_bytes}"
+
+
+def sm90_moe_shared_bytes(tile: Sm90MoeTile) -> int:
+    """The ring (x, codes, scales and zero points of groups of 32, barriers) and the output on its way out in fp32."""
+    weight = TILE * TILE // 2 + 2 * 256
+    stage = 2 * TILE * tile.block_m + 4 * weight + 16
+    return tile.stages * stage + 8 * TILE * tile.block_m + 1024
