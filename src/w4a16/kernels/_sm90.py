@@ -76,6 +76,25 @@ def row_offsets(WARPS: gl.constexpr, GROUPS: gl.constexpr, stride):
     return w * 16 + r * 2 + a + g * stride
 
 
+@gluon.constexpr_function
+def sums_layout(columns):
+    """Of [64, columns] sums of one warpgroup."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def _row_layout(groups):
+    """Of [groups, 64] scales or zero points in shared memory: each thread has those of its two rows."""
+    return gl.SliceLayout(0, gl.BlockedLayout([1, groups, 2], [4, 1, 8], [1, 1, 4], [0, 2, 1]))
+
+
+@gluon.jit
+def of_rows(shared, GROUPS: gl.constexpr):
+    """[GROUPS, 64] of shared memory as [warp, r, GROUPS, row half]."""
+    rows = shared.load(_row_layout(GROUPS)).reshape([GROUPS, 4, 8, 2]).permute([1, 2, 0, 3])
+    return gl.convert_layout(rows, rows_layout(4, GROUPS), assert_trivial=True)
+
+
 @gluon.jit
 def zero_lanes(zeros, DTYPE: gl.constexpr):
     """uint8 zero points as what a code of that size unpacks to, in both 16-bit lanes of an int32."""

@@ -18,9 +18,10 @@ from ..compat import from_shared
 from ._sm90 import (
     centred,
     groups_a_tile,
+    of_rows,
     operand,
-    rows_layout,
     scale_lanes,
+    sums_layout,
     wait_for_the_kernel_before,
     words_layout,
     zero_lanes,
@@ -51,20 +52,7 @@ def _part_columns(columns, part):
 @gluon.constexpr_function
 def _mma(columns, part):
     """The layout of the sums of a part."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _part_columns(columns, part), 16])
-
-
-@gluon.constexpr_function
-def _row_layout(groups):
-    """Of [groups, 64] scales or zero points in shared memory: each thread has those of its two rows."""
-    return gl.SliceLayout(0, gl.BlockedLayout([1, groups, 2], [4, 1, 8], [1, 1, 4], [0, 2, 1]))
-
-
-@gluon.jit
-def _of_rows(shared, GROUPS: gl.constexpr):
-    """[GROUPS, 64] of shared memory as [warp, r, GROUPS, row half]."""
-    rows = shared.load(_row_layout(GROUPS)).reshape([GROUPS, 4, 8, 2]).permute([1, 2, 0, 3])
-    return gl.convert_layout(rows, rows_layout(4, GROUPS), assert_trivial=True)
+    return sums_layout(_part_columns(columns, part))
 
 
 @gluon.jit
@@ -80,11 +68,11 @@ def _operands(
     a, rows = (), ()
     for i in gl.static_range(2):
         box = at * 2 + i
-        scale = _of_rows(scales.index(box).slice(W * 64, 64, 1), GROUPS)
+        scale = of_rows(scales.index(box).slice(W * 64, 64, 1), GROUPS)
         if zeros is None:
             zero = gl.full(scale.shape, 8, gl.int32, scale.type.layout)
         else:
-            zero = _of_rows(zeros.index(box).slice(W * 64, 64, 1), GROUPS)
+            zero = of_rows(zeros.index(box).slice(W * 64, 64, 1), GROUPS)
         words = codes.index(box).slice(W * 16, 16, 0).load(words_layout(4))
         pairs = centred(words, zero_lanes(zero, DTYPE), DTYPE, 4)
         if scales_sums(GROUP):

@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from ..compat import copy_to_shared, workgroup_barrier
+from ..compat import workgroup_barrier
 from ..layouts import PackedWeight
 from ..layouts.sm90 import TILE, TILE_WORDS
 from ..tuning.sm90_tiles import Sm90DecodeTile
@@ -34,40 +34,9 @@ from ._sm90 import (
     words_layout,
     zero_lanes,
 )
+from ._sm90_stream import ask_slab, beside_sums, chunk_of, of_group, put, words_of
 
 X_ALIGNMENT = 16  # elements: asynchronous copies take 16 bytes, and Triton knows of multiples of 16
-
-
-@gluon.constexpr_function
-def chunk_of(group, depth):
-    """Tiles in a row that surely share their scales."""
-    tiles = max(group // 64, 1)
-    return min(tiles & -tiles, depth)
-
-
-@gluon.jit
-def _words(codes_at, i: gl.constexpr, left):
-    """Tile i from here on; past the end of K anything: x is zero there."""
-    return gl.load(codes_at + i * 512, mask=i < left, eviction_policy="evict_first")
-
-
-@gluon.jit
-def _of_group(at_ptr, i: gl.constexpr, tile, left, GROUP: gl.constexpr, CHUNK: gl.constexpr, stride):
-    """What the group of tile i from here on has for each row. at_ptr: at the group of `tile`, which is here; for groups
-    that end within a trip and not within a chunk, at the first of all."""
-    if GROUP == 32 or GROUP == 64 * CHUNK:
-        at = at_ptr + (i * 64 // GROUP) * stride
-    else:
-        at = at_ptr + (tile + i) * 64 // GROUP * stride
-    return gl.load(at, mask=i < left, other=0)
-
-
-@gluon.jit
-def _ask_slab(slab, x_at, m, k, M, K, trip, DEPTH: gl.constexpr):
-    """Starts copying the columns of x of one trip; zeros past the end of K."""
-    ahead = trip * (64 * DEPTH)
-    copy_to_shared(slab, x_at + ahead, mask=(m < M) & (k + ahead < K))
-    async_copy.commit_group()
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -122,11 +91,11 @@ def _sm90_decode(
         zeros_at = zeros_ptr + offsets
     words, scales, zeros = (), (), ()
     for i in gl.static_range(DEPTH):
-        words = words + (_words(codes_at, i, left),)
+        words = words + (words_of(codes_at, i, left),)
     for c in gl.static_range(DEPTH // CHUNK):
-        scales = scales + (_of_group(scales_at, c * CHUNK, first, left, GROUP, CHUNK, scales_stride),)
+        scales = scales + (of_group(scales_at, c * CHUNK, first, left, GROUP, CHUNK, scales_stride),)
         if zeros_ptr is not None:
-            zeros = zeros + (_of_group(zeros_at, c * CHUNK, first, left, GROUP, CHUNK, scales_stride),)
+            zeros = zeros + (of_group(zeros_at, c * CHUNK, first, left, GROUP, CHUNK, scales_stride),)
 
     shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     xs = gl.allocate_shared_memory(DTYPE, [SLABS, BLOCK_M, 64 * DEPTH], shared)
@@ -136,7 +105,7 @@ def _sm90_decode(
     x_at = x_ptr + m.to(gl.int64) * x_stride + k
     wait_for_the_kernel_before()
     for trip in gl.static_range(SLABS if SLABS == TRIPS else SLABS - 1):
-        _ask_slab(xs.index(trip), x_at, m, k, M, K, trip, DEPTH)
+        ask_slab(xs.index(trip), x_at, m < M, k, K, trip, DEPTH)
     if SLABS == TRIPS:
         async_copy.wait_group(0)
         workgroup_barrier()
@@ -147,7 +116,7 @@ def _sm90_decode(
             async_copy.wait_group(SLABS - 2)
             workgroup_barrier()
             if trip + SLABS - 1 < TRIPS:
-                _ask_slab(xs.index((trip + SLABS - 1) % SLABS), x_at, m, k, M, K, trip + SLABS - 1, DEPTH)
+                ask_slab(xs.index((trip + SLABS - 1) % SLABS), x_at, m < M, k, K, trip + SLABS - 1, DEPTH)
             else:
                 async_copy.commit_group()  # of nothing: the count of groups stays
         slab = xs.index(trip % SLABS)
@@ -159,12 +128,12 @@ def _sm90_decode(
         left -= DEPTH
         for c in gl.static_range(DEPTH // CHUNK):
             scale = scales[c]
-            fresh = _of_group(scales_at, c * CHUNK, first, left, GROUP, CHUNK, scales_stride)
-            scales = scales[:c] + (fresh,) + scales[c + 1 :]
+            fresh = of_group(scales_at, c * CHUNK, first, left, GROUP, CHUNK, scales_stride)
+            scales = put(scales, c, fresh)
             if zeros_ptr is not None:
                 zero = zero_lanes(zeros[c], DTYPE)
-                fresh_zero = _of_group(zeros_at, c * CHUNK, first, left, GROUP, CHUNK, scales_stride)
-                zeros = zeros[:c] + (fresh_zero,) + zeros[c + 1 :]
+                fresh_zero = of_group(zeros_at, c * CHUNK, first, left, GROUP, CHUNK, scales_stride)
+                zeros = put(zeros, c, fresh_zero)
             else:
                 zero = zero_lanes(gl.full(scale.shape, 8, gl.int32, scale.type.layout), DTYPE)
             part = gl.zeros([ROWS, BLOCK_M], gl.float32, mma)
@@ -175,11 +144,9 @@ def _sm90_decode(
                     part = mma_v2(operand(pairs, None, DTYPE, WARPS, a_layout), x, part)
                 else:
                     acc = mma_v2(operand(pairs, scale_lanes(scale), DTYPE, WARPS, a_layout), x, acc)
-                words = words[: c * CHUNK + i] + (_words(codes_at, c * CHUNK + i, left),) + words[c * CHUNK + i + 1 :]
+                words = put(words, c * CHUNK + i, words_of(codes_at, c * CHUNK + i, left))
             if GROUPS == 1:
-                rows = scale.reshape([WARPS, 8, 2]).permute([0, 2, 1]).reshape([ROWS])
-                rows = gl.convert_layout(rows, gl.SliceLayout(1, mma), assert_trivial=True)
-                acc += part * gl.expand_dims(rows.to(gl.float32), 1)
+                acc += part * beside_sums(scale, WARPS, mma)
 
     n = gl.arange(0, ROWS, gl.SliceLayout(1, mma))
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma))

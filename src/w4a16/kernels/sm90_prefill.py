@@ -36,9 +36,10 @@ from ._sm90 import (
     centred,
     groups_a_tile,
     let_the_next_kernel_start,
+    of_rows,
     operand,
-    rows_layout,
     scale_lanes,
+    sums_layout,
     wait_for_the_kernel_before,
     words_layout,
     zero_lanes,
@@ -161,19 +162,6 @@ def _producer(
             done += 1
 
 
-@gluon.constexpr_function
-def _row_layout(groups):
-    """Of [groups, 64] scales or zero points in shared memory: each thread has those of its two rows."""
-    return gl.SliceLayout(0, gl.BlockedLayout([1, groups, 2], [4, 1, 8], [1, 1, 4], [0, 2, 1]))
-
-
-@gluon.jit
-def _of_rows(shared, GROUPS: gl.constexpr):
-    """[GROUPS, 64] of shared memory as [warp, r, GROUPS, row half]."""
-    rows = shared.load(_row_layout(GROUPS)).reshape([GROUPS, 4, 8, 2]).permute([1, 2, 0, 3])
-    return gl.convert_layout(rows, rows_layout(4, GROUPS), assert_trivial=True)
-
-
 @gluon.jit
 def _centred(codes, scales, zeros, full, done, W: gl.constexpr, TILES: gl.constexpr, DTYPE: gl.constexpr,
     GROUPS: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
@@ -183,11 +171,11 @@ def _centred(codes, scales, zeros, full, done, W: gl.constexpr, TILES: gl.conste
     for i in gl.static_range(TILES):
         slot = (done + i) % STAGES
         mbarrier.wait(full.index(slot), (done + i) // STAGES & 1)
-        scale = _of_rows(scales.index(slot * WARPGROUPS + W), GROUPS)
+        scale = of_rows(scales.index(slot * WARPGROUPS + W), GROUPS)
         if zeros is None:
             zero = gl.full(scale.shape, 8, gl.int32, scale.type.layout)
         else:
-            zero = _of_rows(zeros.index(slot * WARPGROUPS + W).slice(0, 64, 1), GROUPS)
+            zero = of_rows(zeros.index(slot * WARPGROUPS + W).slice(0, 64, 1), GROUPS)
         words = codes.index(slot * WARPGROUPS + W).load(words_layout(4))
         pairs = pairs + (centred(words, zero_lanes(zero, DTYPE), DTYPE, 4),)
         lanes = lanes + (scale_lanes(scale),)
@@ -200,12 +188,6 @@ def _operands(pairs, lanes, TILES: gl.constexpr, DTYPE: gl.constexpr, layout: gl
     for i in gl.static_range(TILES):
         a = a + (operand(pairs[i], lanes[i], DTYPE, 4, layout),)
     return a
-
-
-@gluon.constexpr_function
-def sums_layout(columns):
-    """Of [64, columns] sums of one warpgroup."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
 @gluon.jit
