@@ -12,72 +12,27 @@ import argparse
 import functools
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from w4a16 import PackedWeight, QuantizedWeight, moe, pack_experts, record
+from w4a16.bench.expert_cases import EXPERTS, ROUTINGS, TOKENS, ExpertShape, random_experts, routed
+from w4a16.bench.expert_providers import grouped_mm
+from w4a16.bench.expert_run import CHECKED, ROTATED, expected
 from w4a16.bench.timer import time_calls
 from w4a16.device import this_machine
 from w4a16.problem import ACT_DTYPES
-from w4a16.reference import reference_moe
 
-TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 # Microseconds of grouped_mm and of the fastest of Humming 0.1.19 and Marlin MoE (vLLM 0.25.1; it wins at one token),
 # for TOKENS: the first layer of LAYERS, bf16, symmetric, G=128, uniform routing, the whole layer given the routing ids.
 GROUPED_MM = (91.4, 170.0, 358.9, 539.6, 569.8, 710.3, 1125)
 PEERS = (29.8, 45.7, 92.2, 129.6, 151.7, 243.9, 732.6)
-ROUTINGS = ("balanced", "uniform", "zipf1", "zipf2", "hot16")
-ROTATED = 16  # routings in turn, each over other experts, so that few tokens find no weight in the L2 cache
-CHECKED = 16  # tokens, compared with the reference
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    name: str
-    experts: int
-    top_k: int
-    hidden: int
-    inter: int
-
-
 LAYERS = (
-    Layer(name="Qwen3-30B-A3B", experts=128, top_k=8, hidden=2048, inter=768),
-    Layer(name="E=256 I=512", experts=256, top_k=8, hidden=2048, inter=512),
+    replace(EXPERTS["qwen3-30b-a3b"], name="Qwen3-30B-A3B"),
+    replace(EXPERTS["qwen3.5-35b-a3b"], name="E=256 I=512"),
 )
-
-
-def routed(routing: str, tokens: int, layer: Layer, generator: torch.Generator) -> Tensor:
-    """Experts of each token, distinct; by Gumbel top-k of an archetype's weights."""
-    if routing == "balanced":
-        return (torch.arange(tokens * layer.top_k) % layer.experts).view(tokens, layer.top_k)
-    rank = torch.arange(1, layer.experts + 1).float()
-    hot = torch.where(rank <= 16, 1.0, 0.01)
-    weight = {"uniform": rank**0, "zipf1": 1 / rank, "zipf2": rank**-2, "hot16": hot}[routing]
-    gumbel = -torch.empty(tokens, layer.experts).exponential_(generator=generator).log()
-    return (weight.log() + gumbel).topk(layer.top_k).indices
-
-
-def random_experts(layer: Layer, n: int, k: int, group: int, asym: bool, act: torch.dtype) -> QuantizedWeight:
-    grid = (layer.experts, n, k // group)
-    return QuantizedWeight(
-        codes=torch.randint(-(1 << 31), 1 << 31, (layer.experts, n, k // 8), dtype=torch.int32, device="cuda"),
-        scales=(torch.rand(grid, device="cuda") * 0.02 + 0.005).to(act),
-        zeros=torch.randint(0, 16, grid, dtype=torch.uint8, device="cuda") if asym else None,
-        group=group,
-    )
-
-
-def grouped_mm(x: Tensor, w13: Tensor, w2: Tensor, share: Tensor, ids: Tensor) -> Tensor:
-    """The same layer over dense weights [E, 2I, H] and [E, H, I]: sort, two grouped GEMMs, weighted sum."""
-    tokens, top_k = ids.shape
-    key, order = ids.flatten().sort(stable=True)
-    ends = torch.searchsorted(key, torch.arange(len(w13), device="cuda"), right=True).to(torch.int32)
-    gate, up = torch._grouped_mm(x[order // top_k], w13.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    y = torch._grouped_mm(torch.nn.functional.silu(gate) * up, w2.transpose(1, 2), offs=ends)
-    slots = torch.empty_like(y).index_copy_(0, order, y)
-    return (slots.view(tokens, top_k, -1).float() * share.unsqueeze(-1)).sum(1).to(x.dtype)
 
 
 def checked(
@@ -89,18 +44,10 @@ def checked(
 ) -> None:
     """Raises SystemExit where w4a16's layer is wrong for some tokens, by the experts that these have."""
     rows = torch.randperm(len(x))[:CHECKED].to(x.device)
-    got = moe(x, *packed, share, ids)[rows].float()
-    used, local = ids[rows].unique(return_inverse=True)
-    wanted = reference_moe(x[rows], of(plain[0], used), of(plain[1], used), share[rows], local)
+    got, wanted = moe(x, *packed, share, ids)[rows].float(), expected(x, plain, share, ids, rows)
     error = float((got - wanted).norm() / wanted.norm())
     if not error < (4e-3 if x.dtype == torch.bfloat16 else 1e-3):
         raise SystemExit(f"{len(x)} tokens: got a relative error of {error:.2e}, wanted less. Nothing was timed.")
-
-
-def of(weight: QuantizedWeight, experts: Tensor) -> QuantizedWeight:
-    """Some experts of a weight."""
-    zeros = None if weight.zeros is None else weight.zeros[experts]
-    return QuantizedWeight(codes=weight.codes[experts], scales=weight.scales[experts], zeros=zeros, group=weight.group)
 
 
 def main() -> None:
@@ -121,12 +68,9 @@ def main() -> None:
         measure(layer, [int(tokens) for tokens in given.tokens.split(",")], given)
 
 
-def measure(layer: Layer, row_counts: list[int], given: argparse.Namespace) -> None:
-    act, asym = ACT_DTYPES[given.act], given.zeros == "asym"
-    plain = (
-        random_experts(layer, 2 * layer.inter, layer.hidden, given.group, asym, act),
-        random_experts(layer, layer.hidden, layer.inter, given.group, asym, act),
-    )
+def measure(layer: ExpertShape, row_counts: list[int], given: argparse.Namespace) -> None:
+    act, grouped = ACT_DTYPES[given.act], replace(layer, group=given.group)
+    plain = random_experts(grouped, act=given.act, has_zeros=given.zeros == "asym", device=torch.device("cuda"))
     packed = pack_experts(*plain, device="cuda", act=act)
     weight_bytes = sum(weight.nbytes for weight in packed)
     dense = plain[0].dequantize(act), plain[1].dequantize(act)

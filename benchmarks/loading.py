@@ -12,10 +12,9 @@ transformers.
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
+import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +46,7 @@ SHAPES = {
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
 NORMS = ("input_layernorm", "post_attention_layernorm")
+IMPORTS = ("w4a16.plugins.transformers", "transformers.models.llama.modeling_llama")
 GOAL = "goal: at most 1.3 x read + copy, at most packed + 1 GB"
 
 
@@ -61,9 +61,9 @@ def random_weight(n: int, k: int) -> QuantizedWeight:
 
 
 def items(layers: int) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
-    """Every layer holds the same numbers: loading does not look at them."""
+    """Every layer holds the same numbers, and the embedding one: loading does not look at them."""
     weights = {name: random_weight(*shape) for name, shape in SHAPES.items()}
-    yield "model.embed_tokens.weight", torch.randn(VOCAB, HIDDEN, dtype=torch.bfloat16)
+    yield "model.embed_tokens.weight", torch.ones(VOCAB, HIDDEN, dtype=torch.bfloat16)
     yield "model.norm.weight", torch.ones(HIDDEN, dtype=torch.bfloat16)
     for layer in range(layers):
         for name, weight in weights.items():
@@ -144,12 +144,6 @@ def load_modules(folder: Path, device: torch.device) -> int:
     return size
 
 
-def import_transformers() -> None:
-    from transformers import LlamaForCausalLM  # noqa: F401
-
-    from w4a16.plugins import transformers  # noqa: F401
-
-
 def load_transformers(folder: Path, device: torch.device) -> int:
     model = w4a16.load(str(folder), device, dtype=torch.bfloat16)
     finish(device)
@@ -170,20 +164,28 @@ def drop_cache(files: list[Path]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(what: str, folder: Path, device: torch.device) -> None:
-    """In a process of its own; prints one line of JSON."""
+def measure(what: str, folder: Path, device: torch.device) -> dict[str, float]:
+    """Seconds, bytes kept, and the most that were taken at once."""
     peak = 0
+    for module in IMPORTS if what == "transformers" else ():
+        importlib.import_module(module)
     if device.type == "cuda":
         torch.zeros(1, device=device).sum().item()  # the driver's start belongs to no loader
         torch.cuda.reset_peak_memory_stats()
-    if what == "transformers":
-        import_transformers()
     before, start = torch.cuda.memory_allocated() if device.type == "cuda" else 0, time.perf_counter()
     size = WORK[what](folder, device)
     seconds = time.perf_counter() - start
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() - before
-    print(json.dumps({"seconds": seconds, "bytes": size, "peak": peak}))
+    return {"seconds": seconds, "bytes": size, "peak": peak}
+
+
+def measured(what: str, folder: Path, device: torch.device) -> dict[str, float]:
+    """The same in a process of its own, forked from one that has imported everything and started nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["w4a16.nn", *IMPORTS])
+    with context.Pool(1) as pool:
+        return pool.apply(measure, (what, folder, device))
 
 
 def main() -> None:
@@ -193,11 +195,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is kept, and found the next time")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--only", action="append", choices=WORK, help="beside read + copy; may be given twice")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before every run")
-    parser.add_argument("--measure", choices=WORK, help="only this, in this process")
     args = parser.parse_args()
-    if args.measure:
-        return measure(args.measure, args.folder, torch.device(args.device))
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary) / "model"
         if not folder.exists():
@@ -206,17 +206,15 @@ def main() -> None:
         total = sum(file.stat().st_size for file in files)
         print(f"{args.format}, {args.layers} layers, {total / 1e9:.3f} GB in {len(files)} files; {GOAL}", flush=True)
         baseline = 0.0
-        for what in WORK:
+        for what in [what for what in WORK if what == "read + copy" or what in (args.only or WORK)]:
             if what == "transformers" and find_spec("transformers") is None:
                 print("transformers  is not installed")
                 continue
-            command = [sys.executable, __file__, "--measure", what, "--folder", str(folder), "--device", args.device]
             runs = []
             for _ in range(args.repeat):
                 if args.cold:
                     drop_cache(files)
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-                runs.append(json.loads(done.stdout.splitlines()[-1]))
+                runs.append(measured(what, folder, torch.device(args.device)))
             best = min(runs, key=lambda run: run["seconds"])
             line = f"{what:<13} {best['seconds']:6.2f} s, {total / best['seconds'] / 1e9:5.2f} GB/s of files"
             if what == "read + copy":
@@ -227,7 +225,6 @@ def main() -> None:
                 if args.device != "cpu":
                     line += f", resident {best['bytes'] / 1e9:.2f} GB, peak {more:+.2f} GB over it"
             print(line, flush=True)
-    return None
 
 
 if __name__ == "__main__":

@@ -99,13 +99,22 @@ def launcher(kernel: Any, cluster: int) -> Callable[..., None]:
 
     def launch(grid: tuple[int, ...], *args: Any) -> None:
         x, y, z = (*grid, 1, 1)[:3]
-        facts = (
-            None if runtime.launch_enter_hook is None else kernel.launch_metadata((x, y, z), stream_of(device()), *args)
-        )
-        hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
-        run(x, y, z, stream_of(device()), function, metadata, facts, *hooks, *args)
+        stream = stream_of(device())
+        enter, leave = _hook(runtime.launch_enter_hook), _hook(runtime.launch_exit_hook)
+        facts = None if enter is None else kernel.launch_metadata((x, y, z), stream, *args)
+        run(x, y, z, stream, function, metadata, facts, enter, leave, *args)
 
     return launch
+
+
+def build_launcher(kernel: Any) -> None:
+    """Puts what launches a compiled kernel here into Triton's cache: in 3.6 C, compiled for each signature."""
+    driver.active.launcher_cls(kernel.src, kernel.metadata)
+
+
+def _hook(chain: Any) -> Any:
+    """None for a chain without hooks, which Triton keeps from 3.6 on: to call one costs more than all else here."""
+    return chain if getattr(chain, "calls", chain) else None
 
 
 # Asynchronous copies, which Triton 3.9 renames: by pointers, and by TMA of one box each way.

@@ -230,10 +230,11 @@ class Stopwatch:
 
 
 class Graph:
-    """A captured CUDA graph of `work`, which has run once before, uncaptured."""
+    """A captured CUDA graph of `work`, which runs once before, uncaptured, unless the like of it has (`ran`)."""
 
-    def __init__(self, work: Callable[[], object]) -> None:
-        work()
+    def __init__(self, work: Callable[[], object], *, ran: bool = False) -> None:
+        if not ran:
+            work()
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):

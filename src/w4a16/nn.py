@@ -39,7 +39,7 @@ class _Packed(nn.Module):
 
     def set(self, packed: PackedWeight) -> None:
         self.drop_dense("another weight was set")
-        self.codes, self.scales, self.zeros, self.perm = packed.codes, packed.scales, packed.zeros, packed.perm
+        self._buffers.update(codes=packed.codes, scales=packed.scales, zeros=packed.zeros, perm=packed.perm)
         self.layout, self.n, self.k, self.group = packed.layout, packed.n, packed.k, packed.group
 
     def get(self) -> PackedWeight:
@@ -62,9 +62,10 @@ class _Packed(nn.Module):
             self.dense, self.dense_why = None, f"dropped: {why}"
 
     def loaded(self) -> Tensor:
-        if self.codes is None:
+        codes = self._buffers["codes"]
+        if codes is None:
             raise BadInput("this layer has no weight yet: load a checkpoint, or call set(packed) on it.")
-        return self.codes
+        return codes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
         """`.to()`, `.half()` and the like: packs the weight anew where its kernels now read another layout."""
@@ -138,18 +139,19 @@ class W4A16Linear(_Packed):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
+        held = self._buffers  # as an attribute of a module each would take a microsecond of every call
         return linear_call(
             x,
             self.loaded(),
-            self.scales,
-            self.zeros,
-            self.perm,
+            held["scales"],
+            held["zeros"],
+            held["perm"],
             self.bias,
             self.layout,
             self.n,
             self.k,
             self.group,
-            self.dense,
+            held["dense"],
         )
 
     def extra_repr(self) -> str:
@@ -189,18 +191,19 @@ class W4A16Experts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], top_k_index [T, k] int, top_k_weights [T, k] -> [T, H]."""
         w13, w2 = self.w13, self.w2
+        upper, lower = w13._buffers, w2._buffers
         out: Tensor = moe_op(
             hidden_states,
             top_k_weights,
             top_k_index,
             w13.loaded(),
-            w13.scales,
-            w13.zeros,
-            w13.perm,
+            upper["scales"],
+            upper["zeros"],
+            upper["perm"],
             w2.loaded(),
-            w2.scales,
-            w2.zeros,
-            w2.perm,
+            lower["scales"],
+            lower["zeros"],
+            lower["perm"],
             None,
             w13.layout,
             w13.k,

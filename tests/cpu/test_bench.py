@@ -5,17 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from w4a16 import BadInput
 from w4a16.bench import report
 from w4a16.bench.cases import MODELS, Shape, shapes_of
 from w4a16.bench.command import main
-from w4a16.bench.providers import PROVIDERS, providers_of
+from w4a16.bench.providers import PROVIDERS, Provider, copied, providers_of
 from w4a16.bench.run import Refusal, Result, run
 from w4a16.bench.timer import copies_for, spread_percent, time_calls
 from w4a16.device import DEVICES
@@ -56,26 +58,39 @@ def test_every_provider_gives_a_result_or_a_sentence(asym: bool) -> None:
     assert not any("wrong" in sentence for sentence in refused.values())
 
 
+def instead_of_cublas(answer: Callable[[Tensor], Tensor]) -> Provider:
+    return replace(PROVIDERS["cublas"], prepare=lambda weight, act, copies: [answer] * copies)
+
+
 def test_a_wrong_provider_is_not_timed() -> None:
-    ones = replace(PROVIDERS["cublas"], prepare=lambda weight, act: lambda x: x.new_ones(len(x), weight.n))
-    points = list(run((SHAPE,), (2,), (ones,), rounds=3))
+    points = list(run((SHAPE,), (2,), (instead_of_cublas(lambda x: x.new_ones(len(x), SHAPE.n)),), rounds=3))
     assert [type(p) for p in points] == [Refusal]
     assert "relative RMS" in points[0].sentence  # type: ignore[union-attr]
 
 
 def test_a_provider_that_returns_nan_is_wrong() -> None:
-    bad = replace(PROVIDERS["cublas"], prepare=lambda weight, act: lambda x: x.new_full((len(x), weight.n), torch.nan))
+    bad = instead_of_cublas(lambda x: x.new_full((len(x), SHAPE.n), torch.nan))
     assert isinstance(next(iter(run((SHAPE,), (2,), (bad,), rounds=3))), Refusal)
+
+
+def test_copies_keep_their_strides() -> None:
+    padded = torch.arange(24).view(4, 6)[:, :5]
+    again = copied(padded)
+    assert torch.equal(again, padded)
+    assert again.stride() == padded.stride()
+    assert again.data_ptr() != padded.data_ptr()
 
 
 def test_reports_agree() -> None:
     points = [p for p in results("w4a16,cublas") if isinstance(p, Result)]
-    table = list(csv.reader(io.StringIO(report.as_csv(points))))
-    assert tuple(table[0]) == report.COLUMNS
-    assert [tuple(row) for row in table[1:]] == report.rows(points)
-    assert len(json.loads(report.as_json(points, []))["results"]) == len(points)
-    assert report.as_markdown(points).count("\n") == len(points) + 2
-    assert len({line.count("|") for line in report.as_markdown(points).splitlines()}) == 1
+    columns, rows = report.COLUMNS, report.rows(points)
+    table = list(csv.reader(io.StringIO(report.as_csv(columns, rows))))
+    assert tuple(table[0]) == columns
+    assert [tuple(row) for row in table[1:]] == rows
+    assert len(json.loads(report.as_json(columns, rows, []))["results"]) == len(points)
+    markdown = report.as_markdown(columns, rows)
+    assert markdown.count("\n") == len(points) + 2
+    assert len({line.count("|") for line in markdown.splitlines()}) == 1
     assert "small" in report.compact(points)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import pytest
 
 from w4a16.bench import gate, golden
 from w4a16.bench.golden import Row, compare, merge, noisy, read, write
+from w4a16.bench.warm import compile_all, distinct
+from w4a16.device import known_device
 from w4a16.errors import NoGolden
+from w4a16.problem import Problem
 
 ROW = Row(kernel="k", case="llama.qkv", m=16, act="bf16", zero_point=1, median_us=100.0, spread_pct=0.5)
 
@@ -64,25 +68,83 @@ def test_without_a_file_the_error_says_what_to_run(tmp_path: Path) -> None:
         read(tmp_path / "none.csv")
 
 
-def test_the_command_updates_and_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+FEW = {
+    "linear": ["--shapes=64x128", "--batches=1"],
+    "experts": ["--experts=4x2x128x128", "--tokens=1", "--routing=uniform"],
+}
+
+
+@pytest.mark.parametrize("table", sorted(FEW))
+def test_the_command_updates_and_checks(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On this CPU, of which the file may have any name; a doctored file closes the gate."""
-    few = ["--folder", str(tmp_path), "--shapes=64x128", "--batches=1", "--act=bf16", "--zeros=sym", "--rounds=2"]
+    few = ["--folder", str(tmp_path), "--tables", table, *FEW[table], "--act=bf16", "--zeros=sym", "--rounds=2"]
     assert gate.main(["update", *few]) == 2
     assert gate.main(["check", *few]) == 1
     assert "NoGolden" in capsys.readouterr().err
     assert gate.main(["update", *few, "--reason", "a test", "--processes", "1"]) == 2
-    assert gate.main(["update", *few, "--reason", "a test"]) == 0
-    (path,) = tmp_path.glob("*/linear.csv")
+    assert gate.main(["update", *few, "--reason", "a test", "--processes", "2"]) == 0
+    (path,) = tmp_path.glob(f"*/{table}.csv")
     assert "a test" in path.read_text()
     slow = [replace(row, median_us=1e9) for row in read(path)]
     write(path, slow, "a slow machine")
     assert gate.main(["check", *few]) == 0
     write(path, [replace(row, median_us=1e-3) for row in slow], "a fast machine")
     assert gate.main(["check", *few]) == 1
-    assert "1 recorded, 1 measured, 1 failed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 cases in 2 more processes" in said
+    assert "1 recorded, 1 measured, 1 failed" in said
 
 
-def test_measuring_asks_for_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = iter([100.0, 103.0, 101.0])
-    monkeypatch.setattr(golden, "_one_process", lambda options: {ROW.key: replace(ROW, median_us=next(runs))})
-    assert [row.median_us for row in golden.measure(["--act=bf16"], 3)] == [101.0]
+def test_only_some_points_are_measured() -> None:
+    linear = golden.Process(
+        ["--shapes=64x128,128x128", "--batches=1,2", "--act=bf16,fp16", "--rounds=2", "--device=cpu"]
+    )
+    keys = {("64x128", 2, "fp16", 0), ("128x128", 1, "bf16", 0)}
+    assert set(linear.rows(keys)) == keys
+    linear.close()
+
+
+def test_a_part_is_checked_alone(tmp_path: Path) -> None:
+    few = gate.parser().parse_args(["check", "--folder", str(tmp_path), "--shapes=qwen3-1.7b", "--experts=8x2x128x128"])
+    linear, experts = gate._linear(few), gate._experts(few)
+    assert len(linear.asked) == len(linear.problems) == 3 * 13 * 4
+    assert len(experts.asked) == 2 * len(experts.problems) == 2 * 7 * 4
+    assert ("8x2x128x128.zipf2", 1, "fp16", 1) in experts.asked
+
+
+def test_processes_merge_case_by_case() -> None:
+    runs = [{ROW.key: replace(ROW, median_us=us)} for us in (100.0, 103.0, 101.0)]
+    assert [row.median_us for row in golden.merged(runs)] == [101.0]
+
+
+def test_sessions_merge_into_the_spread_of_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Machine A and machine B each keep what their processes measured; a third place merges."""
+    table = tmp_path / "h100" / "linear.csv"
+    for machine, times in (("A", (100.0, 101.0)), ("B", (106.0, 105.0))):
+        for number, us in enumerate(times):
+            kept = table.parent / "raw" / f"linear-{machine}-{number}.csv"
+            write(kept, [replace(ROW, median_us=us)], f"an H100, {machine}")
+    merge_only = ["update", "--folder", str(tmp_path), "--product", "h100", "--tables", "linear", "--processes", "0"]
+    assert gate.main([*merge_only, "--reason", "two machines"]) == 2
+    assert gate.main([*merge_only, "--merge"]) == 2
+    assert gate.main([*merge_only, "--merge", "--reason", "two machines"]) == 0
+    assert "1 cases of 4 processes" in capsys.readouterr().out
+    assert read(table) == [replace(ROW, median_us=103.0, spread_pct=2.91)]
+    assert golden.session_of(table) == "an H100, A | an H100, B"
+
+
+def test_a_process_that_fails_ends_the_measurement() -> None:
+    process = golden.Process(["--shapes=nothing"])
+    with pytest.raises(subprocess.CalledProcessError):
+        process.rows()
+    process.close()
+
+
+def test_every_code_is_compiled_once() -> None:
+    """Row counts share a code where a kernel does not specialise on them."""
+    h100 = known_device("sm90")
+    problem = Problem(m=3, n=4096, k=4096, group=128)
+    same = replace(problem, m=2)
+    assert len(distinct([problem, problem], h100)) == len(distinct([problem, same], h100)) == 1
+    assert len(distinct([problem, replace(problem, act="fp16"), replace(problem, has_zeros=True)], h100)) == 3
+    assert compile_all([problem], known_device("cpu")) == 0

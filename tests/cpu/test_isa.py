@@ -101,6 +101,14 @@ def test_sass_loops_pass_through_predicated_branches_and_not_past_exit() -> None
     assert len(find_loops(listing)) == 1, "the padding after EXIT is unreachable"
 
 
+@pytest.mark.parametrize("opcode", ["BRX R4", "BRXU UR4"])
+def test_sass_is_followed_through_a_table_of_branches(opcode: str) -> None:
+    branch = f'        /*0000*/ {opcode} -0x10 (*"BRANCH_TARGETS .L_x_0,.L_x_2"*);'
+    listing = parse_sass(SASS.replace(".L_x_0:", f"{branch}\n.L_x_0:"))
+    assert opcodes_of_hot_loop(listing, "sm90") == ["HMMA.16816.F32", "BRA.U", "LDS.128", "BRA"]
+    assert len(find_loops(listing)) == 2, "what stands after EXIT is reached through the table"
+
+
 def test_a_listing_without_loops_has_no_hot_loop() -> None:
     assert hot_loop(parse_amdgcn("kernel:\n\tv_mov_b32 v0, 0\n\ts_endpgm\n"), lambda _: False) is None
 

@@ -121,10 +121,14 @@ def test_every_problem_gets_a_legal_tile_whose_k_is_split(n: int, k: int, m: int
 def test_k_is_split_where_tiles_are_fewer_than_sms() -> None:
     assert tile_for("sm90_prefill", problem(m=32), H100).split_k > 1
     assert tile_for("sm90_prefill", problem(m=2048, n=24576), H100).split_k == 1
+    tile = tile_for("sm90_prefill", problem(m=512, k=12288), H100)
+    assert (tile.block_m, tile.split_k) == (256, 2)  # adding takes less than dequantising twice as often
     assert decode_split(Sm90DecodeTile(), problem(m=1, n=4096), H100) == 8
     assert decode_split(Sm90DecodeTile(), problem(m=1, n=24576), H100) == 1
     assert decode_split(Sm90DecodeTile(), problem(m=1, n=151936), H100) == 1  # an output embedding: many waves
     assert decode_split(Sm90DecodeTile(), problem(m=1, n=64, k=64, group=64), H100) == 1
+    for n in (19456, 22016, 24576):  # one wave at three programs an SM
+        assert tile_for("sm90_decode", problem(m=16, n=n), H100).split_k == 1
     assert list(prefill_splits(TILE, problem(m=128, k=1024), H100)) == [1, 2]
 
 

@@ -86,6 +86,9 @@ def test_what_an_expert_layer_launches() -> None:
     assert gemm1.args["x_desc"] is None
     assert gemm2.args["x_ptr"] is None
     assert gemm1.args["slots"] == 80
+    assert route.args["order_ptr"] is gemm1.args["order_ptr"] is gemm2.args["order_ptr"]
+    assert route.args["taken_ptr"] is gemm1.args["taken_ptr"] is gemm2.args["taken_ptr"]
+    assert (gemm1.args["which"], gemm2.args["which"]) == (0, 1)
     assert gemm1.constants["GATED"]
     assert not gemm2.constants["GATED"]
     assert gemm1.grid == (positions // 128 * 1,)  # two pairs of tiles, one unit of work for two warpgroups

@@ -98,6 +98,45 @@ def test_a_reader_that_fails_raises_where_the_weight_is_asked_for(tmp_path: Path
     assert threads() == 0
 
 
+def zero_scale(checkpoint: Checkpoint, module: str) -> str:
+    """Makes a scale in the file of a module a zero; its name."""
+    entry = checkpoint.entries(module)["scales"]
+    with entry.file.open("r+b") as file:
+        file.seek(entry.start + 2)
+        file.write(bytes(2))
+    return entry.name
+
+
+@pytest.mark.parametrize("readers", [0, 2])
+def test_scales_that_would_poison_are_found_when_the_stream_is_left(readers: int, tmp_path: Path) -> None:
+    checkpoint = opened(tmp_path)
+    names = checkpoint.quantized
+    broken = zero_scale(checkpoint, names[3])
+
+    def read() -> None:
+        with Stream(checkpoint, [(name, CPU) for name in names], readers=readers) as reading:
+            for name in names:
+                reading.weight(name)
+
+    with pytest.raises(BadCheckpoint, match=f"{broken} values: got a zero"):
+        read()
+    assert threads() == 0
+
+
+def test_what_fails_while_reading_is_raised_before_what_is_found_at_the_end(tmp_path: Path) -> None:
+    checkpoint = opened(tmp_path)
+    names = checkpoint.quantized
+    zero_scale(checkpoint, names[0])
+
+    def read() -> None:
+        with Stream(checkpoint, [(name, CPU) for name in names], readers=2) as reading:
+            reading.weight(names[0])
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        read()
+
+
 def test_leaving_early_stops_the_threads(tmp_path: Path) -> None:
     checkpoint = opened(tmp_path)
 

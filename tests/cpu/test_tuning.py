@@ -60,6 +60,7 @@ def test_every_row_in_use_wins_somewhere(table: str) -> None:
         (9728, 2560),
         (3584, 3584),
         (4096, 12288),
+        (6144, 4096),
     )
     groups: tuple[int | None, ...] = (16, 32, 64, 128, None)
     found = (

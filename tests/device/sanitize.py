@@ -1,58 +1,91 @@
-"""Every Hopper kernel once, on small problems with tails, to be run under each tool of NVIDIA's checker:
+"""NVIDIA's checker over every Hopper kernel (sanitize_cases.py), as many processes side by side as are asked for:
 
-    for tool in memcheck racecheck synccheck; do
-        compute-sanitizer --tool $tool python tests/device/sanitize.py [part/parts]
-    done
+    python tests/device/sanitize.py [--processes 14] [--tools memcheck,racecheck,synccheck] [--stems sm90_moe]
 
-With part/parts, such as 0/8, every so many cases, for processes side by side. Results are compared with the fp32
-reference all the same.
+Ends with status 1 unless every launch agrees with the reference and no tool finds an error. What racecheck reports of
+the bytes by which Triton hands over partitions is counted apart, where the machine code shows it to be ordered
+(tests/cpu/racecheck.py); the kernel `partitions`, which has no shared memory of its own, shows such reports too.
 """
 
 from __future__ import annotations
 
+import argparse
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+import tempfile
+import time
+from collections import Counter
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "cpu"))
-from helpers import assert_close, random_weight
+from racecheck import disassembled, hazards, unexplained
 
-from w4a16.dispatch import launcher
-from w4a16.layouts import SM90, pack
-from w4a16.reference import reference_linear
-from w4a16.tuning.sm90_tiles import Sm90DecodeTile, Sm90PrefillTile
-from w4a16.tuning.table import rows_of
-
-Case = tuple[Sm90DecodeTile | Sm90PrefillTile, int, int, int, int, bool]  # tile, M, N, K, G, zero points
+TOOLS = ("memcheck", "racecheck", "synccheck")
+CASES = Path(__file__).with_name("sanitize_cases.py")
 
 
-def linear_cases() -> Iterator[Case]:
-    for row in rows_of("sm90"):
-        tile, asym = row.tile, row.conditions.get("has_zeros", False)
-        group = row.conditions.get("group_max", 128)
-        if row.stem == "sm90_decode":
-            yield replace(tile, split_k=1), row.conditions.get("m_max", 16) - 1, 136, 1152, group, asym
-            yield replace(tile, split_k=4), row.conditions.get("m_max", 16), 72, 2048, group, asym
-        if row.stem == "sm90_prefill":
-            yield replace(tile, split_k=1), tile.block_m + 3, 200, 512, 128, False
-            yield replace(tile, split_k=2), tile.block_m - 3, 72, 1024, 32, True
+def run(tool: str, processes: int, stems: str, folder: Path) -> list[str]:
+    """What each process printed; its machine code is left in folder/<number>."""
+    started = []
+    for number in range(processes):
+        code = folder / str(number)
+        code.mkdir(parents=True)
+        output = (folder / f"{number}.txt").open("w")
+        part = [sys.executable, str(CASES), f"{number}/{processes}", str(code), stems]
+        command = ["compute-sanitizer", "--tool", tool, *part]
+        started.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
+    for process in started:
+        process.wait()
+    return [(folder / f"{number}.txt").read_text() for number in range(processes)]
 
 
-def main() -> None:
-    part, parts = map(int, (sys.argv[1] if len(sys.argv) > 1 else "0/1").split("/"))
-    cases = list(linear_cases())[part::parts]
-    for tile, m, n, k, group, asym in cases:
-        weight = random_weight(n, k, group=group, asym=asym)
-        x = torch.randn(m, k, dtype=torch.bfloat16)
-        out = torch.full((m, n), float("nan"), dtype=x.dtype, device="cuda")
-        stem = "sm90_decode" if isinstance(tile, Sm90DecodeTile) else "sm90_prefill"
-        launcher(stem)(out=out, x=x.cuda(), weight=pack(weight, layout=SM90).to("cuda"), bias=None, tile=tile)
-        assert_close(out.cpu(), reference_linear(x, weight))
-    print(f"{len(cases)} launches agree with the reference")
+def judged(tool: str, outputs: list[str], folder: Path) -> tuple[list[str], str]:
+    """Findings, and one line on the rest."""
+    launches, found, handed = 0, [], Counter[str]()
+    for number, output in enumerate(outputs):
+        agree = [line.split()[0] for line in output.splitlines() if line.endswith("launches agree with the reference")]
+        launches += sum(map(int, agree))
+        if len(agree) != 1:
+            found.append(f"{tool}, part {number} ended early:\n{output[-3000:]}")
+        elif tool != "racecheck":
+            if "ERROR SUMMARY: 0 errors" not in output:
+                found.append(f"{tool}, part {number}:\n{output}")
+        else:
+            codes: dict[str, list[str]] = {}
+            for cubin in sorted((folder / str(number)).glob("*.cubin")):
+                codes.setdefault(cubin.name.split(".")[0], []).append(disassembled(cubin))
+            reports = hazards(output)
+            rest = unexplained(reports, codes)
+            found += [f"{tool}, part {number}:\n{report.text}" for report in rest]
+            handed.update(report.kernel for report in reports if report not in rest)
+    line = f"{tool}: {launches} launches, {len(found)} findings"
+    if handed:
+        each = ", ".join(f"{count} in {kernel}" for kernel, count in sorted(handed.items()))
+        line += f"; apart from these, reports on Triton's hand-over, ordered by barriers: {each}"
+    return found, line
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--processes", type=int, default=14)
+    parser.add_argument("--tools", default=",".join(TOOLS))
+    parser.add_argument("--stems", default="", help="kernels, comma-separated; control: the kernel `partitions`")
+    parser.add_argument("--keep", type=Path, help="a folder for what the tools printed")
+    given = parser.parse_args()
+    failed = False
+    with tempfile.TemporaryDirectory() as temporary:
+        for tool in given.tools.split(","):
+            begun = time.monotonic()
+            folder = Path(temporary, tool)
+            outputs = run(tool, given.processes, given.stems, folder)
+            if given.keep is not None:
+                shutil.copytree(folder, given.keep / tool, ignore=shutil.ignore_patterns("*.cubin"), dirs_exist_ok=True)
+            found, line = judged(tool, outputs, folder)
+            failed |= bool(found)
+            print("\n".join([*found, f"{line} ({time.monotonic() - begun:.0f} s)"]), flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

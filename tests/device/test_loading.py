@@ -9,7 +9,7 @@ import torch
 from helpers import random_weight
 
 import w4a16
-from w4a16 import layouts, pack
+from w4a16 import BadCheckpoint, layouts, pack
 from w4a16.checkpoints import FORMATS, Scheme, open_checkpoint, pieces, write_checkpoint
 from w4a16.checkpoints.stream import Stream
 from w4a16.layouts import unpack
@@ -59,6 +59,38 @@ def test_packing_on_the_gpu_gives_the_bits_of_the_cpu(layout: str) -> None:
     assert torch.equal(there.codes.cpu(), here.codes)
     assert torch.equal(there.scales.cpu(), here.scales)
     assert torch.equal(there.zeros.cpu(), here.zeros)  # type: ignore[union-attr, arg-type]
+
+
+@pytest.mark.parametrize("asym", [False, True])
+@pytest.mark.parametrize("act", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("n", "k", "group", "experts"), [(72, 1120, 32, 0), (136, 576, 64, 2), (24, 1152, 1152, 3), (256, 512, 128, 64)]
+)
+def test_packing_for_hopper_gives_the_bits_of_the_cpu(
+    n: int, k: int, group: int, experts: int, act: torch.dtype, asym: bool
+) -> None:
+    weight = random_weight(n, k, group=group, asym=asym, experts=experts)
+    there, here = (layouts.pack(w, layout=layouts.SM90, act=act) for w in (weight.to("cuda"), weight))
+    assert torch.equal(there.codes.cpu(), here.codes)
+    assert torch.equal(there.scales.cpu(), here.scales)
+    assert not asym or torch.equal(there.zeros.cpu(), here.zeros)  # type: ignore[union-attr, arg-type]
+
+
+def test_scales_that_would_poison_are_found_when_the_stream_is_left(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(written(tmp_path / "model", "compressed-tensors"))
+    names = checkpoint.quantized
+    entry = checkpoint.entries(names[2])["weight_scale"]
+    with entry.file.open("r+b") as file:
+        file.seek(entry.start + 2)
+        file.write(bytes(2))
+
+    def read() -> None:
+        with Stream(checkpoint, [(name, torch.device("cuda")) for name in names]) as reading:
+            for name in names:
+                pack(reading.weight(name), device="cuda")
+
+    with pytest.raises(BadCheckpoint, match=f"{entry.name} values: got a zero"):
+        read()
 
 
 def test_little_more_than_the_packed_weights_is_ever_held(tmp_path: Path) -> None:

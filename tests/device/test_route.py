@@ -7,6 +7,7 @@ from dataclasses import fields
 import pytest
 import torch
 
+from w4a16.kernels.route import BOX, Turns, route_launches
 from w4a16.moe.route import Route, route
 
 
@@ -22,3 +23,21 @@ def test_as_torch_does(tokens: int, experts: int, top_k: int) -> None:
                 got, wanted = route(chosen.cuda(), experts, block), route(chosen, experts, block)
                 for name in (field.name for field in fields(Route) if field.name != "block"):
                     assert torch.equal(getattr(got, name).cpu(), getattr(wanted, name)), (name, block)
+
+
+@pytest.mark.parametrize("tokens", [3, 700, 20000])
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (60, 6), (128, 8), (512, 10)])
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_blocks_with_most_rows_come_first(tokens: int, experts: int, top_k: int, block: int) -> None:
+    rank = torch.arange(1, experts + 1).float().log()
+    ids = (-torch.empty(tokens, experts).exponential_().log() - 2 * rank).topk(top_k).indices.cuda()
+    turns = Turns.of(ids, experts, block)
+    turns.taken.fill_(9)
+    routing, launches = route_launches(ids, experts, block, turns=turns)
+    for launch in launches:
+        launch.run()
+    assert not turns.taken.any()
+    used = int(routing.num_tokens_post_padded) // block
+    rows = (routing.sorted_token_ids.view(-1, block)[:used] < ids.numel()).sum(1)
+    boxes = -(-rows // BOX)
+    assert torch.equal(turns.order[:used].long(), boxes.sort(descending=True, stable=True).indices)

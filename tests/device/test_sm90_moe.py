@@ -113,14 +113,16 @@ def test_activations(activation: str, gated: bool) -> None:
     check(NARROWEST, routed("uniform", 40, 8, 2), activation=activation, gated=gated, act=FP16)
 
 
+@pytest.mark.parametrize("tile", [tile for tile in TILES if tile.block_m != 1], ids=str)
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 1), (60, 2), (128, 6), (256, 8), (512, 10)])
-def test_routings(experts: int, top_k: int) -> None:
+def test_routings(tile: Sm90MoeTile, experts: int, top_k: int) -> None:
     """Experts elsewhere, by -1 and by numbers past the last; experts that nobody routes to; nothing here at all."""
     ids = routed("uniform", 33, experts, top_k)
     ids[torch.rand(ids.shape) < 0.2] = -1
     ids[3, 0] = experts
-    check(NARROWEST, ids, experts=experts, hidden=128, inter=64, group=64)
-    check(NARROWEST, torch.full((5, top_k), -1), experts=experts, hidden=128, inter=64, group=64)
+    check(tile, ids, experts=experts, hidden=128, inter=64, group=64)
+    check(tile, routed("one", 33, experts, top_k), experts=experts, hidden=128, inter=64, group=64)
+    check(tile, torch.full((5, top_k), -1), experts=experts, hidden=128, inter=64, group=64)
 
 
 def test_router_weights_on_the_input() -> None:

@@ -7,6 +7,7 @@ from dataclasses import fields
 import pytest
 import torch
 
+from w4a16 import BadInput
 from w4a16.kernels import route as kernel
 from w4a16.moe.route import Route, route
 
@@ -63,6 +64,30 @@ def test_counted_first(archetype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "MOST_COUNTS", 128)
     ids = choices(archetype, 400, 20, 6)
     agree(torch.where(torch.rand(ids.shape) < 0.2, -1, ids), 20, 16)
+
+
+@pytest.mark.parametrize("archetype", ARCHETYPES)
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_blocks_with_most_rows_come_first(archetype: str, block: int) -> None:
+    ids = choices(archetype, 300, 12, 4)
+    ids = torch.where(torch.rand(ids.shape) < 0.1, -1, ids)
+    turns = kernel.Turns.of(ids, 12, block)
+    turns.order.fill_(-7)
+    turns.taken.fill_(9)
+    routing, launches = kernel.route_launches(ids, 12, block, turns=turns)
+    for launch in launches:
+        launch.run()
+    assert not turns.taken.any()
+    used = int(routing.num_tokens_post_padded) // block
+    rows = (routing.sorted_token_ids.view(-1, block)[:used] < ids.numel()).sum(1)
+    boxes = -(-rows // kernel.BOX)
+    assert turns.order[:used].tolist() == boxes.sort(descending=True, stable=True).indices.tolist()
+    assert (turns.order[used:] == -7).all()
+
+
+def test_more_blocks_than_can_be_counted() -> None:
+    with pytest.raises(BadInput, match="blocks"):
+        kernel.Turns.of(torch.empty((1 << 19, 10), dtype=torch.int32, device="meta"), 128, 128)
 
 
 def test_blocks_of_one() -> None:

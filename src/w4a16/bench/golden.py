@@ -1,14 +1,16 @@
 """The regression gate: what w4a16 measured on a device before, against what it measures now.
 
-golden/<device>/linear.csv holds a measured case a line under a comment that names the session. `check` fails on a case
-that is slower than its own spread allows, runs another kernel, or is missing; a faster one is only reported.
-`update` measures every case again: one file, one session.
+golden/<device>/linear.csv and experts.csv hold a measured case a line under a comment that names the session. `check`
+fails on a case that is slower than its own spread allows, runs another kernel, or is missing; a faster one is only
+reported. `update` measures every case again: one file, one session.
 """
 
 from __future__ import annotations
 
 import csv
+import datetime
 import io
+import json
 import statistics
 import subprocess
 import sys
@@ -18,7 +20,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..errors import NoGolden
-from .report import COLUMNS
 
 LOSS_PERCENT = 3.0  # allowed whatever the spread
 SPREADS = 3.0  # allowed loss in recorded spreads
@@ -26,6 +27,7 @@ NOISY_PERCENT = 10.0  # a row that would allow more than this is to be repaired
 
 
 Key = tuple[str, int, str, int]  # case, m, act, zero_point
+Run = dict[Key, "Row"]  # of one process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +60,39 @@ class Finding:
     fails: bool
 
 
-def measure(options: Sequence[str], processes: int) -> list[Row]:
-    """The bench options timed in so many processes of their own, one after another; only provider w4a16 counts."""
-    runs = [_one_process(options) for _ in range(processes)]
+class Process:
+    """One process that measures what the bench options name. It gets ready at once, and waits for `rows`."""
+
+    def __init__(self, options: Sequence[str]) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._path = Path(self._folder.name, "points.csv")
+        command = [sys.executable, "-m", "w4a16.bench", "--wait", *options, "--providers", "w4a16", "--csv"]
+        self._run = subprocess.Popen(
+            [*command, str(self._path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def wait_until_ready(self) -> None:
+        """Returns when it uses no device, nor will before `rows`."""
+        assert self._run.stdout is not None
+        self._run.stdout.readline()
+
+    def rows(self, only: Iterable[Key] | None = None) -> Run:
+        """Measures all, or some, and ends the process. Raises CalledProcessError when it fails, in words of its own."""
+        self._run.communicate(json.dumps(None if only is None else sorted(only)) + "\n")
+        if self._run.returncode:
+            raise subprocess.CalledProcessError(self._run.returncode, self._run.args)
+        points = list(csv.DictReader(self._path.read_text().splitlines()))
+        rows = [_row(point) for point in points]
+        return {row.key: row for row in rows}
+
+    def close(self) -> None:
+        self._run.kill()
+        self._run.wait()
+        self._folder.cleanup()
+
+
+def merged(runs: Sequence[Run]) -> list[Row]:
+    """The rows of processes with the same options, here or on other machines of one kind."""
     return [merge([run[key] for run in runs if key in run]) for key in runs[0]]
 
 
@@ -117,37 +149,36 @@ def read(path: Path) -> list[Row]:
     if not path.is_file():
         raise NoGolden(f"{path}: got no such file, wanted golden numbers. Run `w4a16 golden update` on this device.")
     lines = (line for line in path.read_text().splitlines() if not line.startswith("#"))
-    return [
-        Row(
-            kernel=row["kernel"],
-            case=row["case"],
-            m=int(row["m"]),
-            act=row["act"],
-            zero_point=int(row["zero_point"]),
-            median_us=float(row["median_us"]),
-            spread_pct=float(row["spread_pct"]),
-        )
-        for row in csv.DictReader(lines)
-    ]
+    kinds = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(Row)}
+    return [Row(**{name: kinds[name](value) for name, value in line.items()}) for line in csv.DictReader(lines)]
 
 
-def _one_process(options: Sequence[str]) -> dict[Key, Row]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "points.csv")
-        command = [sys.executable, "-m", "w4a16.bench", *options, "--providers", "w4a16", "--csv", str(path)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        points = list(csv.DictReader(path.read_text().splitlines()))
-    assert not points or set(points[0]) == set(COLUMNS)
-    rows = (
-        Row(
-            kernel=point["kernel"],
-            case=point["shape"],
-            m=int(point["M"]),
-            act=point["act"],
-            zero_point=int(point["zeros"] == "asym"),
-            median_us=float(point["us"]),
-            spread_pct=0.0,
-        )
-        for point in points
+def session_of(path: Path) -> str:
+    """The session that a file's first line names."""
+    return path.read_text().split("\n", 1)[0].removeprefix("# ")
+
+
+def keep(path: Path, runs: Sequence[Run], session: str) -> None:
+    """Keeps what each process measured in raw/<table>-<stamp>-<number>.csv, to be merged with other sessions."""
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
+    for number, run in enumerate(runs):
+        write(path.parent / "raw" / f"{path.stem}-{stamp}-{number}.csv", run.values(), session)
+
+
+def kept(path: Path) -> dict[Path, Run]:
+    """What processes measured for this table before, by file."""
+    files = sorted((path.parent / "raw").glob(f"{path.stem}-*.csv"))
+    return {file: {row.key: row for row in read(file)} for file in files}
+
+
+def _row(point: dict[str, str]) -> Row:
+    """A line of `w4a16 bench --csv`, or of `--moe`, whose case names the routing too."""
+    return Row(
+        kernel=point["kernel"],
+        case=f"{point['shape']}.{point['routing']}" if "routing" in point else point["shape"],
+        m=int(point["tokens" if "routing" in point else "M"]),
+        act=point["act"],
+        zero_point=int(point["zeros"] == "asym"),
+        median_us=float(point["us"]),
+        spread_pct=0.0,
     )
-    return {row.key: row for row in rows}

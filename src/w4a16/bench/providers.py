@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,32 +25,54 @@ Multiply = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Provider:
-    """prepare(weight, act) packs one copy and gives x -> y; unsupported(problem, device) is a sentence or None."""
+    """prepare(weight, act, copies) packs so many and gives x -> y of each; unsupported(problem, device) is a sentence
+    or None."""
 
     name: str
-    prepare: Callable[[QuantizedWeight, torch.dtype], Multiply]
+    prepare: Callable[[QuantizedWeight, torch.dtype, int], list[Multiply]]
     unsupported: Callable[[Problem, Device], str | None]
     dense: bool = False
 
 
-def _w4a16(weight: QuantizedWeight, act: torch.dtype) -> Multiply:
-    packed = pack(weight, device=weight.codes.device, act=act)
-    return lambda x: linear(x, packed)
+def copied(tensor: Tensor) -> Tensor:
+    """Another tensor of the same values and strides, padded rows included."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def _dense(weight: QuantizedWeight, act: torch.dtype) -> Multiply:
+def repacked(packed: PackedWeight, copies: int) -> list[PackedWeight]:
+    """A packed weight and copies of it: packing each would take most of a benchmark's time."""
+    return [packed, *(_again(packed) for _ in range(copies - 1))]
+
+
+def _again(packed: PackedWeight) -> PackedWeight:
+    zeros = None if packed.zeros is None else copied(packed.zeros)
+    return replace(packed, codes=copied(packed.codes), scales=copied(packed.scales), zeros=zeros)
+
+
+def _w4a16(weight: QuantizedWeight, act: torch.dtype, copies: int) -> list[Multiply]:
+    packed = repacked(pack(weight, device=weight.codes.device, act=act), copies)
+    return [functools.partial(linear, weight=one) for one in packed]
+
+
+def _dense(weight: QuantizedWeight, act: torch.dtype, copies: int) -> list[Multiply]:
     values = weight.dequantize(act).t()
-    return lambda x: torch.mm(x, values)
+    return [functools.partial(torch.mm, mat2=one) for one in (values, *(copied(values) for _ in range(copies - 1)))]
 
 
-def _tinygemm(weight: QuantizedWeight, act: torch.dtype) -> Multiply:
+def _tinygemm(weight: QuantizedWeight, act: torch.dtype, copies: int) -> list[Multiply]:
     """torch's `_weight_int4pack_mm`: w = (q - 8) * scale + shift, 16 columns of K a tile."""
     codes = unpack_nibbles(weight.codes)
     packed = torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4) | codes[:, 1::2], 8)
     scales = weight.scales.to(act)
     zeros = SYMMETRIC_ZERO if weight.zeros is None else weight.zeros.to(act)
     both = torch.stack([scales, (8 - zeros) * scales], dim=-1).transpose(0, 1).contiguous()
-    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, weight.group, both)
+    pairs = [(packed, both), *((copied(packed), copied(both)) for _ in range(copies - 1))]
+
+    def multiply(x: Tensor, words: Tensor, grid: Tensor) -> Tensor:
+        out: Tensor = torch.ops.aten._weight_int4pack_mm(x, words, weight.group, grid)
+        return out
+
+    return [functools.partial(multiply, words=words, grid=grid) for words, grid in pairs]
 
 
 def _tinygemm_unsupported(problem: Problem, device: Device) -> str | None:
@@ -64,7 +87,11 @@ def _tinygemm_unsupported(problem: Problem, device: Device) -> str | None:
     return None
 
 
-def _gemlite(weight: QuantizedWeight, act: torch.dtype) -> Multiply:
+def _gemlite(weight: QuantizedWeight, act: torch.dtype, copies: int) -> list[Multiply]:
+    return [_gemlite_layer(weight, act) for _ in range(copies)]
+
+
+def _gemlite_layer(weight: QuantizedWeight, act: torch.dtype) -> Multiply:
     import gemlite
 
     kind = gemlite.DType.BF16 if act == torch.bfloat16 else gemlite.DType.FP16
@@ -89,18 +116,18 @@ def _needs(module: str) -> Callable[[Problem, Device], str | None]:
 def _kernel(row: Row) -> Provider:
     """One of our kernels whatever dispatch would choose."""
 
-    def prepare(weight: QuantizedWeight, act: torch.dtype) -> Multiply:
+    def prepare(weight: QuantizedWeight, act: torch.dtype, copies: int) -> list[Multiply]:
         where = current_device(weight.codes.device)
-        packed = _packed_for(row, weight, act, where)
 
-        def multiply(x: Tensor) -> Tensor:
+        def multiply(x: Tensor, packed: PackedWeight) -> Tensor:
             out = x.new_empty((x.shape[0], packed.n))
             problem = problem_of(weight, x)
             tile = tile_for(row.stem, problem, where)
             launcher(row.stem)(out=out, x=x, weight=packed, bias=None, tile=tile)
             return out
 
-        return multiply
+        packed = repacked(_packed_for(row, weight, act, where), copies)
+        return [functools.partial(multiply, packed=one) for one in packed]
 
     return Provider(name=row.stem, prepare=prepare, unsupported=row.unsupported)
 

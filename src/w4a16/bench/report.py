@@ -11,6 +11,7 @@ from pathlib import Path
 from ..device import Device
 from ..errors import BadInput
 from ..roofline.model import bound_seconds, flops
+from .expert_run import ExpertRefusal
 from .run import Refusal, Result
 
 COLUMNS = (
@@ -38,20 +39,20 @@ def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
     return found
 
 
-def as_markdown(results: Sequence[Result]) -> str:
-    lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
-    return "\n".join(f"| {line} |" for line in lines + [" | ".join(row) for row in rows(results)]) + "\n"
+def as_markdown(columns: Sequence[str], table: Sequence[Sequence[str]]) -> str:
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    return "\n".join(f"| {line} |" for line in lines + [" | ".join(row) for row in table]) + "\n"
 
 
-def as_csv(results: Sequence[Result]) -> str:
+def as_csv(columns: Sequence[str], table: Sequence[Sequence[str]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([COLUMNS, *rows(results)])
+    writer.writerows([columns, *table])
     return text.getvalue()
 
 
-def as_json(results: Sequence[Result], refusals: Sequence[Refusal]) -> str:
-    points = [dict(zip(COLUMNS, row, strict=True)) for row in rows(results)]
+def as_json(columns: Sequence[str], table: Sequence[Sequence[str]], refusals: Sequence[Refusal | ExpertRefusal]) -> str:
+    points = [dict(zip(columns, row, strict=True)) for row in table]
     refused = [{"shape": r.shape.name, "M": r.problem.m, "provider": r.provider, "why": r.sentence} for r in refusals]
     return json.dumps({"results": points, "refused": refused}, indent=1) + "\n"
 

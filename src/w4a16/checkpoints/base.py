@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import Unsupported, explain_mismatch
+from ..errors import BadCheckpoint, Unsupported, explain_mismatch
 from ..weight import CODES_PER_WORD, SYMMETRIC_ZERO, QuantizedWeight
 from .shards import Entry, bad
 
@@ -126,10 +125,14 @@ def plan_module(codes: Entry, n: int, k: int, scheme: Scheme) -> Plan:
 def read_scales(entry: Entry) -> Tensor:
     """Scales as stored; a value that would poison the output is an error."""
     scales = entry.read()
-    if math.isnan((scales / scales).sum().item()):  # of infinity and zero too; a GPU is waited for once
-        got = "a zero" if torch.isfinite(scales).all() else "NaN or infinity"
-        raise entry.bad("values", got=got, wanted="finite numbers other than zero", then="Quantise the model again.")
+    if entry.doubted((scales / scales).sum()):  # NaN of infinity and zero too
+        raise poisoned(entry, scales)
     return scales
+
+
+def poisoned(entry: Entry, scales: Tensor) -> BadCheckpoint:
+    got = "a zero" if torch.isfinite(scales).all() else "NaN or infinity"
+    return entry.bad("values", got=got, wanted="finite numbers other than zero", then="Quantise the model again.")
 
 
 def drop_trivial(zeros: Tensor, scheme: Scheme) -> Tensor | None:

@@ -49,7 +49,7 @@ class CompressedTensors:
         codes, shape = parts["weight_packed"], parts["weight_shape"]
         codes.want("I32", (None, None))
         shape.want(("I64", "I32"), (2,))
-        n, k = (int(length) for length in shape.read())
+        n, k = shape.read().tolist()
         if codes.shape != (n, -(-k // 8)):
             wanted = f"[{n}, {-(-k // 8)}], as {shape.name} says ({n}, {k})"
             raise codes.bad("shape", got=list(codes.shape), wanted=wanted)
@@ -102,7 +102,9 @@ def _read_zeros(entry: Entry, plan: Plan) -> Tensor:
     stored = entry.read()
     if stored.dtype == torch.int32:
         pairs = stored.contiguous().view(torch.uint8).view(*stored.shape, 4).transpose(1, 2)
-        zeros = torch.stack((pairs & 0xF, pairs >> 4), dim=2)  # [N/8, 4, 2, G]
+        zeros = pairs.new_empty((len(stored), 4, 2, stored.shape[1]))
+        torch.bitwise_and(pairs, 0xF, out=zeros[:, :, 0])
+        torch.bitwise_right_shift(pairs, 4, out=zeros[:, :, 1])
         return zeros.view(-1, stored.shape[1])[: plan.n]
     if (stored < -8).any() or (stored > 7).any():
         raise entry.bad("values", got=f"{int(stored.min())} to {int(stored.max())}", wanted="-8 to 7")

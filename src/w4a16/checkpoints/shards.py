@@ -42,7 +42,7 @@ def bad(where: object, *, got: object, wanted: object, then: str = AGAIN) -> Bad
     return BadCheckpoint(explain_mismatch(str(where), got=got, wanted=wanted, then=then))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # frozen takes three times as long to make, and a model has thousands
 class Entry:
     """One tensor as its file's header describes it."""
 
@@ -78,6 +78,10 @@ class Entry:
         with Files() as files:
             self.read_into(buffer, 0, files)
         return torch.frombuffer(buffer, dtype=DTYPES[self.dtype]).view(self.shape)
+
+    def doubted(self, sign: Tensor) -> bool:
+        """Whether `sign`, a number made of the values, is NaN."""
+        return math.isnan(sign.item())
 
     def read_into(self, buffer: bytearray | mmap.mmap | memoryview, start: int, files: Files) -> None:
         """Fills `buffer` from byte `start` of the tensor on."""

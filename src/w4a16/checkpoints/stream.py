@@ -19,20 +19,23 @@ from torch import Tensor
 
 from ..errors import BadInput, explain_mismatch
 from ..weight import QuantizedWeight
-from .base import Plan
-from .pieces import Coming, Piece, Slot, begun
+from .base import Plan, poisoned
+from .pieces import Coming, Piece, Signs, Slot, begun
 from .reader import Checkpoint
 from .shards import Entry, Files
 
 READERS = 4  # each copies 5 to 8 GB/s out of the page cache; with 8 that alone is faster, and the load slower
 SLOTS = 3 * READERS  # pieces in pinned memory, read or being copied; a GB of it would take 0.4 s to pin
-AHEAD_BYTES = 512 << 20  # of packed weights that lie on the GPU before their turn, at least one module
+# Of weights that lie on the GPU before their turn, at least one module: what is read while CUDA loads the kernels that
+# pack, 0.1 s. They take no memory that the packed ones will not take, which have as many bytes.
+AHEAD_BYTES = 960 << 20
 
 
 class Stream:
     """`items` are (name, device) of quantised modules and dense tensors; they must be asked for in this order.
 
-    Use it as a context manager: leaving it, for whatever reason, stops the threads.
+    Use it as a context manager: leaving it, for whatever reason, stops the threads. Leaving it without another error
+    raises BadCheckpoint when a scale of any weight would poison the output: on a GPU nobody waits for that before.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Stream:
                 torch.empty(sum(entry.nbytes for entry in entries), dtype=torch.uint8, device=gpu)
         self._coming: deque[Coming] = deque()
         self._ahead = 0
+        self._signs: Signs = []
         self._jobs: SimpleQueue[tuple[Coming, Piece] | None] = SimpleQueue()
         self._slots: SimpleQueue[Slot] = SimpleQueue()
         for _ in range(SLOTS):
@@ -78,6 +82,16 @@ class Stream:
         for device, copies in self._copies.items():  # before the memory that they write to is given out again
             torch.accelerator.current_stream(device).wait_stream(copies)
         self._coming.clear()
+        if error is None:
+            self._settle()
+
+    def _settle(self) -> None:
+        for device in {sign.device for _, sign in self._signs}:
+            there = [(entry, sign) for entry, sign in self._signs if sign.device == device]
+            doubted = torch.stack([sign for _, sign in there]).isnan().tolist()
+            for (entry, _), bad in zip(there, doubted, strict=True):
+                if bad:
+                    raise poisoned(entry, entry.read())
 
     def begin(self) -> None:
         """Has the first items read before they are asked for, where there is memory for them."""
@@ -89,7 +103,7 @@ class Stream:
         return self._checkpoint.plan(module)
 
     def weight(self, module: str) -> QuantizedWeight:
-        """The next item, a quantised module, its values checked, on its device."""
+        """The next item, a quantised module, on its device, its values checked; its scales when the stream is left."""
         return self._checkpoint.weight(module, self._next(module))
 
     def tensor(self, name: str) -> Tensor:
@@ -120,7 +134,7 @@ class Stream:
         while self._items and (not self._coming or self._ahead < AHEAD_BYTES):
             name, device = self._items[0]
             try:
-                item = begun(name, self._checkpoint.entries(name), device, self._copies.get(device))
+                item = begun(name, self._checkpoint.entries(name), device, self._copies.get(device), self._signs)
             except torch.OutOfMemoryError:
                 if not self._coming:
                     raise

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -76,8 +77,11 @@ def gpu_target(device: Device) -> GPUTarget:
     raise BadInput(explain_mismatch("device", got=device.arch, wanted="a GPU (gfx... or sm..)", then="Name another."))
 
 
-def compile_launch(launch: Launch, device: Device) -> Compiled:
-    """Compiles one launch for `device`; its tensors may be meta, and then count as aligned to 16 bytes."""
+def compiled_kernel(launch: Launch, device: Device) -> Any:
+    """Triton's own record of one launch, compiled for `device` or found in its cache, as a call there would find it.
+
+    Tensors may be meta, and then count as aligned to 16 bytes.
+    """
     target = gpu_target(device)
     backend = make_backend(target)
     fn = launch.fn
@@ -87,8 +91,13 @@ def compile_launch(launch: Launch, device: Device) -> Compiled:
     bound, specialization, _ = bind(*launch.args.values(), **launch.constants, **given)
     options, signature, constants, attributes = fn._pack_args(backend, given, bound, specialization, None)
     source = (GluonASTSource if fn.is_gluon() else ASTSource)(fn, signature, constants, attributes)
-    kernel = triton.compile(source, target=target, options=options.__dict__)
-    binary = kernel.asm[backend.binary_ext]
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def compile_launch(launch: Launch, device: Device) -> Compiled:
+    """Compiles one launch for `device`; its tensors may be meta, as for `compiled_kernel`."""
+    target, kernel = gpu_target(device), compiled_kernel(launch, device)
+    binary = kernel.asm[make_backend(target).binary_ext]
     read = _amd_resources if target.backend == "hip" else _nvidia_resources
     return Compiled(
         name=kernel.metadata.name,

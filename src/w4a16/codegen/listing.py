@@ -9,13 +9,13 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True)
 class Instruction:
     """opcode  without encoding suffixes; a dual issue joins its two by "+"
-    target  the label it may jump to, or None
-    falls   whether the next instruction may follow it
-    text    as the assembler printed it
+    targets  the labels it may jump to
+    falls    whether the next instruction may follow it
+    text     as the assembler printed it
     """
 
     opcode: str
-    target: str | None
+    targets: tuple[str, ...]
     falls: bool
     text: str
 
@@ -33,6 +33,7 @@ _AMD_ENCODING = re.compile(r"_(e32|e64|dpp|sdwa|e64_dpp)$")
 _SASS_LABEL = re.compile(r"^(\.L_\w+):")
 _SASS_LINE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;")
 _SASS_BRANCH = re.compile(r"`\((\.L_\w+)\)")
+_SASS_TABLE = re.compile(r'"BRANCH_TARGETS ([^"]+)"')
 
 
 def parse_amdgcn(text: str) -> Listing:
@@ -57,7 +58,7 @@ def _amd(text: str) -> Instruction:
     jumps = opcode.startswith(("s_branch", "s_cbranch"))
     return Instruction(
         opcode=opcode,
-        target=text.split()[-1] if jumps else None,
+        targets=(text.split()[-1],) if jumps else (),
         falls=opcode not in ("s_branch", "s_endpgm", "s_setpc_b64"),
         text=text,
     )
@@ -82,10 +83,11 @@ def _sass(text: str) -> Instruction:
     opcode, operands = (words[1], words[2:]) if predicated else (words[0], words[1:])
     base = opcode.split(".")[0]
     found = _SASS_BRANCH.search(text) if base in ("BRA", "JMP") else None
+    table = _SASS_TABLE.search(text) if base in ("BRX", "BRXU") else None
     conditional = predicated or bool(found and len(operands) > 1)  # "BRA.U UP0, `(.L_x_0)"
     return Instruction(
         opcode=opcode,
-        target=found[1] if found else None,
-        falls=conditional or base not in ("BRA", "JMP", "EXIT", "RET", "BRX"),
+        targets=(found[1],) if found else tuple(table[1].split(",")) if table else (),
+        falls=conditional or base not in ("BRA", "JMP", "EXIT", "RET", "BRX", "BRXU"),
         text=text,
     )

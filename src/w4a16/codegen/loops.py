@@ -52,15 +52,14 @@ def find_loops(listing: Listing) -> list[Loop]:
 def _blocks(listing: Listing) -> tuple[list[int], list[list[int]]]:
     """The first instruction of each basic block, and the blocks that may follow each."""
     code = listing.instructions
-    after = {n + 1 for n, i in enumerate(code) if i.target is not None or not i.falls}
+    after = {n + 1 for n, i in enumerate(code) if i.targets or not i.falls}
     starts = sorted(n for n in {0, *after, *listing.labels.values()} if n < len(code))
     block_at = {start: n for n, start in enumerate(starts)}
     successors: list[list[int]] = []
     for n, end in enumerate([*starts[1:], len(code)]):
         last = code[end - 1]
         follow = [n + 1] if last.falls and n + 1 < len(starts) else []
-        if last.target is not None and listing.labels[last.target] in block_at:
-            follow.append(block_at[listing.labels[last.target]])
+        follow += [block_at[listing.labels[label]] for label in last.targets if listing.labels[label] in block_at]
         successors.append(follow)
     return starts, successors
 

@@ -11,13 +11,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ._launch import Launch
 
 RASTER_M = gl.constexpr(8)  # blocks of M that walk over N together, so that x and W are read from the L2 cache
-PART_N, PART_M = 64, 32  # of one program
+PART_N, PART_M = 64, 32  # of one program: one warpgroup's rows of W
 
 
 @triton.jit(do_not_specialize=["M"])
 def _add_parts(
     out_ptr,  # [M, N]
-    parts_ptr,  # [blocks of N and M in the order of _unit, SPLIT, ROWS, BLOCK_M] fp32
+    parts_ptr,  # [blocks of N and M in the order of unit_of, SPLIT, ROWS / 64, BLOCK_M / 8, warp, r, c, half, d] fp32
     bias_ptr,  # [N] or None
     M,
     N,
@@ -30,24 +30,28 @@ def _add_parts(
     PART_N: tl.constexpr,
 ):
     gdc_launch_dependents()
-    n = tl.program_id(0) * PART_N + tl.arange(0, PART_N)
-    m = tl.program_id(1) * PART_M + tl.arange(0, PART_M)
+    n = tl.program_id(0) * PART_N
+    m = tl.program_id(1) * PART_M
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, ROWS)
-    block_m, block_n = tl.program_id(1) * PART_M // BLOCK_M, tl.program_id(0) * PART_N // ROWS
+    block_m, block_n = m // BLOCK_M, n // ROWS
     band = block_m // RASTER
     tall = tl.minimum(blocks_m - band * RASTER, RASTER)
     tile = band * RASTER * blocks_n + block_n * tall + block_m % RASTER
-    at = (n % ROWS)[:, None] * BLOCK_M + (m % BLOCK_M)[None, :]
-    base = parts_ptr + tile.to(tl.int64) * (SPLIT * ROWS * BLOCK_M)
-    written = (m // 8 * 8 < M)[None, :] & (n < N)[:, None]
+    at = tl.arange(0, PART_N * PART_M)
+    base = parts_ptr + tile.to(tl.int64) * (SPLIT * ROWS * BLOCK_M) + n % ROWS * BLOCK_M + m % BLOCK_M * PART_N
+    written = m + at // (8 * PART_N) * 8 < M
     gdc_wait()
-    acc = tl.zeros((PART_N, PART_M), tl.float32)
+    acc = tl.zeros((PART_N * PART_M,), tl.float32)
     for i in tl.static_range(SPLIT):
         acc += tl.load(base + i * (ROWS * BLOCK_M) + at, mask=written, other=0.0)
+    # [8 rows of x, warp, r, c, row half, d] are the registers of wgmma: n = 16 warp + 8 half + r, m = 8 (..) + 2 c + d.
+    acc = tl.permute(tl.reshape(acc, (PART_M // 8, 4, 8, 4, 2, 2)), (0, 3, 5, 1, 4, 2))
+    acc = tl.reshape(acc, (PART_M, PART_N))
+    column, row = n + tl.arange(0, PART_N), m + tl.arange(0, PART_M)
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    out = tl.trans(acc).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + m.to(tl.int64)[:, None] * out_stride + n[None, :], out, mask=(m < M)[:, None] & (n < N)[None, :])
+        acc += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    out = out_ptr + row.to(tl.int64)[:, None] * out_stride + column[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(row < M)[:, None] & (column < N)[None, :])
 
 
 def addition(

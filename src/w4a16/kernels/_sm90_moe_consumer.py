@@ -22,13 +22,12 @@ from ._sm90 import (
     operand,
     scale_lanes,
     sums_layout,
-    wait_for_the_kernel_before,
     words_layout,
     zero_lanes,
 )
-from ._sm90_moe_producer import BOX_ROWS, WARPGROUPS, boxes_of, marks_of
+from ._sm90_moe_producer import BOX_ROWS, WARPGROUPS, hear
 
-LEAST_SCALE = gl.constexpr(1e-30)  # stands for 0, which sums cannot be divided by
+LEAST_SCALE = gl.constexpr(1e-30)  # stands for 0 and for less, which sums cannot be divided by
 
 
 @gluon.constexpr_function
@@ -56,86 +55,114 @@ def _mma(columns, part):
 
 
 @gluon.jit
-def _operands(
-    codes, scales, zeros, full, done, W: gl.constexpr, GROUP: gl.constexpr,
-    STAGES: gl.constexpr, GATHERS: gl.constexpr, DTYPE: gl.constexpr, mma: gl.constexpr,
+def _operand(
+    codes, scales, zeros, at, SECOND: gl.constexpr, W: gl.constexpr, GROUP: gl.constexpr, DTYPE: gl.constexpr,
+    mma: gl.constexpr,
 ):  # fmt: skip
-    """Warpgroup W's two tiles of the next stage as operands, and for sums that are scaled the scale of each row."""
+    """Warpgroup W's first tile of stage `at`, or its SECOND, as operand, and the scales of its rows for the sums."""
     GROUPS: gl.constexpr = groups_a_tile(GROUP)
     a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    at = done % STAGES
-    mbarrier.wait(full.index(at), done // STAGES & 1)
-    a, rows = (), ()
-    for i in gl.static_range(2):
-        box = at * 2 + i
-        scale = of_rows(scales.index(box).slice(W * 64, 64, 1), GROUPS)
-        if zeros is None:
-            zero = gl.full(scale.shape, 8, gl.int32, scale.type.layout)
-        else:
-            zero = of_rows(zeros.index(box).slice(W * 64, 64, 1), GROUPS)
-        words = codes.index(box).slice(W * 16, 16, 0).load(words_layout(4))
-        pairs = centred(words, zero_lanes(zero, DTYPE), DTYPE, 4)
-        if scales_sums(GROUP):
-            a = a + (operand(pairs, None, DTYPE, 4, a_layout),)
-            row = scale.reshape([4, 8, 2]).permute([0, 2, 1]).reshape([64])
-            row = gl.convert_layout(row, gl.SliceLayout(1, mma), assert_trivial=True).to(gl.float32)
-            rows = rows + (gl.where(row == 0.0, LEAST_SCALE, row),)
-        else:
-            a = a + (operand(pairs, scale_lanes(scale), DTYPE, 4, a_layout),)
-            rows = rows + (gl.zeros([64], gl.float32, gl.SliceLayout(1, mma)),)
-    if GATHERS:
-        fence_async_shared()
-    return a, rows
+    tile: gl.constexpr = SECOND * WARPGROUPS + W
+    scale = of_rows(scales.index(at).slice(tile * 64, 64, 1), GROUPS)
+    if zeros is None:
+        zero = gl.full(scale.shape, 8, gl.int32, scale.type.layout)
+    else:
+        zero = of_rows(zeros.index(at).slice(tile * 64, 64, 1), GROUPS)
+    words = codes.index(at).slice(tile * 16, 16, 0).load(words_layout(4))
+    pairs = centred(words, zero_lanes(zero, DTYPE), DTYPE, 4)
+    if scales_sums(GROUP):
+        a = operand(pairs, None, DTYPE, 4, a_layout)
+        row = scale.reshape([4, 8, 2]).permute([0, 2, 1]).reshape([64])
+        row = gl.convert_layout(row, gl.SliceLayout(1, mma), assert_trivial=True).to(gl.float32)
+        row = gl.where(gl.abs(row) < LEAST_SCALE, LEAST_SCALE, row)
+    else:
+        a = operand(pairs, scale_lanes(scale), DTYPE, 4, a_layout)
+        row = gl.zeros([64], gl.float32, gl.SliceLayout(1, mma))
+    return a, row
 
 
 @gluon.jit
-def _multiply(a, acc, xs, COLUMNS: gl.constexpr):
-    """Starts acc + a @ x^T for both tiles and every part of the columns."""
+def _started(a, acc, xs, COLUMNS: gl.constexpr):
+    """Starts acc + a @ x^T for one tile and every part of the columns."""
     running = ()
     for p in gl.static_range(_parts(COLUMNS)):
         x = xs.slice(p * 64, _part_columns(COLUMNS, p), 0).permute((1, 0))
-        for i in gl.static_range(2):
-            w = gl.convert_layout(a[i], gl.DotOperandLayout(0, _mma(COLUMNS, p), 2), assert_trivial=True)
-            running = running + (warpgroup_mma(w, x, acc[2 * p + i], is_async=True),)
+        w = gl.convert_layout(a, gl.DotOperandLayout(0, _mma(COLUMNS, p), 2), assert_trivial=True)
+        running = running + (warpgroup_mma(w, x, acc[p], is_async=True),)
     return running
 
 
 @gluon.jit
-def _scaled(acc, factors, COLUMNS: gl.constexpr):
-    """The sums of both tiles, each row times its factor."""
+def _ended(running, a, COLUMNS: gl.constexpr, LATER: gl.constexpr):
+    """The sums of a tile, once all products but those of LATER tiles are there.
+
+    The operand is named here so that it keeps its registers until then.
+    """
+    done_and_a = warpgroup_mma_wait(LATER * _parts(COLUMNS), deps=running + (a,))
+    return done_and_a[: _parts(COLUMNS)]
+
+
+@gluon.jit
+def _scaled(acc, factor, COLUMNS: gl.constexpr):
+    """The sums of a tile, each row times its factor."""
     scaled = ()
     for p in gl.static_range(_parts(COLUMNS)):
-        for i in gl.static_range(2):
-            factor = gl.convert_layout(factors[i], gl.SliceLayout(1, _mma(COLUMNS, p)), assert_trivial=True)
-            scaled = scaled + (acc[2 * p + i] * gl.expand_dims(factor, 1),)
+        each = gl.convert_layout(factor, gl.SliceLayout(1, _mma(COLUMNS, p)), assert_trivial=True)
+        scaled = scaled + (acc[p] * gl.expand_dims(each, 1),)
     return scaled
 
 
 @gluon.jit
-def _step(
-    a, rows, acc, xs, codes, scales, zeros, full, empty, done, ENDS: gl.constexpr, W: gl.constexpr,
-    COLUMNS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, GATHERS: gl.constexpr,
-):  # fmt: skip
-    """The sums with this step's part, the next step's operands and the scales of its rows.
+def _ratio(x, y):
+    """x / y of fp32 by the approximate reciprocal."""
+    return gl.inline_asm_elementwise(
+        "div.approx.ftz.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=gl.float32, is_pure=True, pack=1
+    )
 
-    ENDS: a group ends with this step. Sums are in units of their rows' scale; those of the next group take its own.
-    """
+
+@gluon.jit
+def _awaited(full, done, STAGES: gl.constexpr, GATHERS: gl.constexpr):
+    """The stage of a step, once it is filled."""
     at = done % STAGES
-    running = _multiply(a, acc, xs.index(at), COLUMNS)
+    mbarrier.wait(full.index(at), done // STAGES & 1)
+    if GATHERS:
+        fence_async_shared()
+    return at
+
+
+@gluon.jit
+def _step(
+    a, b, row0, row1, acc0, acc1, xs, codes, scales, zeros, full, empty, done, PART: gl.constexpr, EVEN: gl.constexpr,
+    W: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, GATHERS: gl.constexpr,
+):  # fmt: skip
+    """The sums with this step's part, and the next step's first operand.
+
+    Each tile is dequantised, and its sums are rescaled, under the product of the other. Sums are in units of their
+    rows' scale; those of the next group take its own. PART: 0 and 1 are the first and second of two steps, between
+    which the second tile's product runs on; 2 is one alone. EVEN: groups of 64.
+    """
+    SUMS: gl.constexpr = scales_sums(GROUP)
     mma: gl.constexpr = _mma(COLUMNS, 0)
-    b, later = _operands(
-        codes, scales, zeros, full, done + 1, W, GROUP, STAGES, GATHERS, xs.dtype, mma
-    )  # fmt: skip
-    if ENDS:
-        ratios = (rows[0] / later[0], rows[1] / later[1])
-    # The operands are named here so that they keep their registers until then: ptxas serialises wgmma whose registers
-    # are written while it runs.
-    done_and_a = warpgroup_mma_wait(0, deps=running + a)
-    mbarrier.arrive(empty.index(at), count=1)
-    acc = done_and_a[: 2 * _parts(COLUMNS)]
-    if ENDS:
-        acc = _scaled(acc, ratios, COLUMNS)
-    return b, later, acc
+    at = done % STAGES
+    x = xs.index(at)
+    running0 = _started(a, acc0, x, COLUMNS)
+    if PART == 1:
+        acc1 = _ended(acc1, b, COLUMNS, 1)
+        mbarrier.arrive(empty.index((done - 1) % STAGES), count=1)
+    b, later1 = _operand(codes, scales, zeros, at, 1, W, GROUP, xs.dtype, mma)
+    if SUMS and (PART != 1 or EVEN):
+        acc1 = _scaled(acc1, _ratio(row1, later1), COLUMNS)
+        row1 = later1
+    acc1 = _started(b, acc1, x, COLUMNS)
+    acc0 = _ended(running0, a, COLUMNS, 1)
+    a, later0 = _operand(codes, scales, zeros, _awaited(full, done + 1, STAGES, GATHERS), 0, W, GROUP, xs.dtype, mma)
+    if SUMS and (PART == 1 or EVEN):
+        acc0 = _scaled(acc0, _ratio(row0, later0), COLUMNS)
+        row0 = later0
+    if PART != 0:
+        acc1 = _ended(acc1, b, COLUMNS, 0)
+        mbarrier.arrive(empty.index(at), count=1)
+    return a, b, row0, row1, acc0, acc1
 
 
 @gluon.jit
@@ -169,7 +196,6 @@ def activated(x, ACTIVATION: gl.constexpr):
 @gluon.jit
 def _write(out_desc, outs, y, row, column, COLUMNS: gl.constexpr):
     """out[row : row + COLUMNS, column : column + 64] = y^T, given in parts, through shared memory."""
-    tma.store_wait(0)
     for p in gl.static_range(_parts(COLUMNS)):
         part = y[p]
         outs.slice(p * 64, _part_columns(COLUMNS, p), 0).store(part.to(outs.dtype).permute([1, 0]))
@@ -186,84 +212,93 @@ def _product(
 ):  # fmt: skip
     """The product of this warpgroup's two tiles of rows of W with the first COLUMNS rows of a block."""
     xs, codes, scales, full, empty = ring
-    sorted_ptr, _, _, slots = routing
+    sorted_ptr, _, _, _, _, slots, _ = routing
     SUMS: gl.constexpr = scales_sums(GROUP)
     mma: gl.constexpr = _mma(COLUMNS, 0)
-    acc = ()
+    EVEN: gl.constexpr = SUMS and GROUP % 128 != 0
+    acc0, acc1 = (), ()
     for p in gl.static_range(_parts(COLUMNS)):
         zero = gl.zeros([64, _part_columns(COLUMNS, p)], gl.float32, _mma(COLUMNS, p))
-        acc = acc + (zero, zero)
-    a, rows = _operands(
-        codes, scales, zeros, full, done, W, GROUP, STAGES, GATHERS, xs.dtype, mma
-    )  # fmt: skip
-    # In twos, so that the operands of one step and of the next have registers of their own.
+        acc0 = acc0 + (zero,)
+        acc1 = acc1 + (zero,)
+    a, row0 = _operand(codes, scales, zeros, _awaited(full, done, STAGES, GATHERS), 0, W, GROUP, xs.dtype, mma)
+    row1 = row0
     for _ in range((steps - 1) // 2):
-        a, rows, acc = _step(
-            a, rows, acc, xs, codes, scales, zeros, full, empty, done, SUMS and GROUP % 128 != 0,
+        a, b, row0, row1, acc0, acc1 = _step(
+            a, a, row0, row1, acc0, acc1, xs, codes, scales, zeros, full, empty, done, 0, EVEN,
             W, COLUMNS, GROUP, STAGES, GATHERS,
         )  # fmt: skip
-        a, rows, acc = _step(
-            a, rows, acc, xs, codes, scales, zeros, full, empty, done + 1, SUMS,
+        a, b, row0, row1, acc0, acc1 = _step(
+            a, b, row0, row1, acc0, acc1, xs, codes, scales, zeros, full, empty, done + 1, 1, EVEN,
             W, COLUMNS, GROUP, STAGES, GATHERS,
         )  # fmt: skip
         done += 2
     if steps % 2 == 0:
-        a, rows, acc = _step(
-            a, rows, acc, xs, codes, scales, zeros, full, empty, done, SUMS and GROUP % 128 != 0,
+        a, b, row0, row1, acc0, acc1 = _step(
+            a, a, row0, row1, acc0, acc1, xs, codes, scales, zeros, full, empty, done, 2, EVEN,
             W, COLUMNS, GROUP, STAGES, GATHERS,
         )  # fmt: skip
         done += 1
     at = done % STAGES
-    acc = warpgroup_mma_wait(0, deps=_multiply(a, acc, xs.index(at), COLUMNS))
+    running0 = _started(a, acc0, xs.index(at), COLUMNS)
+    b, later1 = _operand(codes, scales, zeros, at, 1, W, GROUP, xs.dtype, mma)
+    if SUMS:
+        acc1 = _scaled(acc1, _ratio(row1, later1), COLUMNS)
+    running1 = _started(b, acc1, xs.index(at), COLUMNS)
+    acc0 = _ended(running0, a, COLUMNS, 1)
+    if SUMS:
+        acc0 = _scaled(acc0, row0, COLUMNS)
+    acc1 = _ended(running1, b, COLUMNS, 0)
     mbarrier.arrive(empty.index(at), count=1)
     if SUMS:
-        acc = _scaled(acc, rows, COLUMNS)
+        acc1 = _scaled(acc1, later1, COLUMNS)
     first, second = (), ()
     for p in gl.static_range(_parts(COLUMNS)):
-        acc0, acc1 = acc[2 * p], acc[2 * p + 1]
+        sum0, sum1 = acc0[p], acc1[p]
         if shares_ptr is not None:
             lane = gl.arange(0, _part_columns(COLUMNS, p), gl.SliceLayout(0, _mma(COLUMNS, p)))
             slot = gl.load(sorted_ptr + row + p * 64 + lane)
             share = gl.expand_dims(gl.load(shares_ptr + slot, mask=slot < slots, other=0.0).to(gl.float32), 0)
-            acc0 *= share
-            acc1 *= share
-        acc0 = activated(acc0, ACTIVATION)
+            sum0 *= share
+            sum1 *= share
+        sum0 = activated(sum0, ACTIVATION)
         if GATED:
-            first = first + (acc0 * acc1,)
+            first = first + (sum0 * sum1,)
         else:
-            first = first + (acc0,)
-            second = second + (activated(acc1, ACTIVATION),)
-    _write(out_desc, outs, first, row, column, COLUMNS)
+            first = first + (sum0,)
+            second = second + (activated(sum1, ACTIVATION),)
+    ROOMS: gl.constexpr = outs.shape[0] // WARPGROUPS
+    tma.store_wait(0)
+    _write(out_desc, outs.index(W * ROOMS), first, row, column, COLUMNS)
     if not GATED:
-        _write(out_desc, outs, second, row, column + 64 * WARPGROUPS, COLUMNS)
+        if ROOMS == 1:
+            tma.store_wait(0)
+        _write(out_desc, outs.index(W * ROOMS + ROOMS - 1), second, row, column + 64 * WARPGROUPS, COLUMNS)
 
 
 @gluon.jit
 def consume(
-    W: gl.constexpr, out_desc, shares_ptr, ring, zeros, outs, routing, sizes,
+    W: gl.constexpr, out_desc, shares_ptr, ring, zeros, told, outs, routing, sizes,
     GROUP: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr, GATHERS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W's part of every unit: a block of the route times WARPGROUPS pairs of tiles."""
-    sorted_ptr, _, used_ptr, slots = routing
     K, tiles_n, _ = sizes
     steps = gl.cdiv(K, 64)
     units_n = gl.cdiv(gl.cdiv(tiles_n, 2), WARPGROUPS)
     WIDTH: gl.constexpr = 64 * WARPGROUPS if GATED else 128 * WARPGROUPS
-    if GATHERS:
-        wait_for_the_kernel_before()
-    units = gl.load(used_ptr) // BLOCK_M * units_n
-    marks = marks_of(sorted_ptr, gl.program_id(0), units, units_n, BLOCK_M)
-    done = 0
-    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+    done, turn = 0, 0
+    word = hear(told, turn)
+    while word != 0:
+        unit, boxes = word // 8, word % 8
         row, column = unit // units_n * BLOCK_M, unit % units_n * WIDTH + W * 64
-        boxes = boxes_of(marks, slots, BLOCK_M)
-        marks = marks_of(sorted_ptr, unit + gl.num_programs(0), units, units_n, BLOCK_M)
         for i in gl.static_range(1, BLOCK_M // BOX_ROWS + 1):
             if boxes == i:
                 _product(
-                    W, out_desc, shares_ptr, ring, zeros, outs.index(W), routing, done, steps, row, column,
+                    W, out_desc, shares_ptr, ring, zeros, outs, routing, done, steps, row, column,
                     GROUP, GATED, ACTIVATION, i * BOX_ROWS, STAGES, GATHERS,
                 )  # fmt: skip
         done += steps
+        turn += 1
+        word = hear(told, turn)
     tma.store_wait(0)

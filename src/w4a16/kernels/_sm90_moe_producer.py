@@ -1,6 +1,6 @@
 """The producer of sm90_moe: tiles of W by TMA, rows of x gathered, or by TMA where they stand in order."""
 
-# mypy: disable-error-code="assignment, no-untyped-def, untyped-decorator, var-annotated, unreachable"
+# mypy: disable-error-code="assignment, attr-defined, no-untyped-def, untyped-decorator, var-annotated, unreachable"
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ..compat import copy_to_shared, reinterpreted, to_shared
+from ..compat import copy_to_shared, reinterpreted, to_shared, workgroup_barrier
 from ._sm90 import let_the_next_kernel_start, wait_for_the_kernel_before
 
 THREADS = gl.constexpr(128)  # each arrives at a stage when its part of a gather has
@@ -23,18 +23,51 @@ def _x_layout():
     return gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
 
 
+@gluon.constexpr_function
+def _word_layout():
+    """Of one word, which every thread has."""
+    return gl.BlockedLayout([1], [32], [4], [0])
+
+
 @gluon.jit
-def marks_of(sorted_ptr, unit, units, units_n, BLOCK_M: gl.constexpr):
-    """The first slot of each box but the first, of the block of a unit: padding where it has no more rows than that."""
-    first = sorted_ptr + gl.minimum(unit, gl.maximum(units, 1) - 1) // units_n * BLOCK_M
+def tell(told, turn, word):
+    """The producer's next word for the consumers, of which they read one a unit."""
+    words, said, heard = told
+    at = turn % 2
+    mbarrier.wait(heard.index(at), (turn // 2 & 1) ^ 1)
+    words.index(at).store(gl.full([1], word, gl.int32, _word_layout()))
+    workgroup_barrier()
+    mbarrier.arrive(said.index(at), count=1)
+
+
+@gluon.jit
+def hear(told, turn):
+    """That word."""
+    words, said, heard = told
+    at = turn % 2
+    mbarrier.wait(said.index(at), turn // 2 & 1)
+    word = gl.max(words.index(at).load(_word_layout()), 0)
+    mbarrier.arrive(heard.index(at), count=1)
+    return word
+
+
+@gluon.jit
+def _block_of(order_ptr, unit, units, units_n):
+    """The block of a unit; of the last unit for one past that, 0 where there is none."""
+    return gl.load(order_ptr + gl.minimum(unit, units - 1) // units_n, mask=units > 0, other=0)
+
+
+@gluon.jit
+def _marks_of(sorted_ptr, block, BLOCK_M: gl.constexpr):
+    """The first slot of each box of rows of a block but the first: padding where it has no more rows than that."""
     marks = ()
     for i in gl.static_range(1, BLOCK_M // BOX_ROWS):
-        marks = marks + (gl.load(first + i * BOX_ROWS),)
+        marks = marks + (gl.load(sorted_ptr + block * BLOCK_M + i * BOX_ROWS),)
     return marks
 
 
 @gluon.jit
-def boxes_of(marks, slots, BLOCK_M: gl.constexpr):
+def _boxes_of(marks, slots, BLOCK_M: gl.constexpr):
     """The boxes of rows that have slots."""
     boxes = 1
     for i in gl.static_range(BLOCK_M // BOX_ROWS - 1):
@@ -43,22 +76,34 @@ def boxes_of(marks, slots, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def _slots(sorted_ptr, unit, units, units_n, BLOCK_M: gl.constexpr):
-    """The slots of the block of a unit, box by box."""
-    first = sorted_ptr + gl.minimum(unit, gl.maximum(units, 1) - 1) // units_n * BLOCK_M
+def _slots_of(sorted_ptr, block, BLOCK_M: gl.constexpr):
+    """The slots of a block, box by box."""
     lane = gl.arange(0, BOX_ROWS, gl.SliceLayout(1, _x_layout()))
     slots = ()
     for i in gl.static_range(BLOCK_M // BOX_ROWS):
-        slots = slots + (gl.load(first + i * BOX_ROWS + lane),)
+        slots = slots + (gl.load(sorted_ptr + block * BLOCK_M + i * BOX_ROWS + lane),)
     return slots
 
 
 @gluon.jit
-def _gather(x_ptr, x_stride, xs, slot, slots, step, K, TOP_K: gl.constexpr):
-    """Starts copying 64 columns of the rows of x that some slots stand for; zeros for padding and past the end of K."""
-    k = gl.expand_dims(step * 64 + gl.arange(0, 64, gl.SliceLayout(0, _x_layout())), 0)
-    at = x_ptr + gl.expand_dims((slot // TOP_K).to(gl.int64) * x_stride, 1) + k
-    copy_to_shared(xs, at, mask=(gl.expand_dims(slot, 1) < slots) & (k < K))
+def _rows_of(x_ptr, x_stride, slot, slots, top_k, BLOCK_M: gl.constexpr):
+    """Pointers to the first 64 columns of the rows of x that slots stand for, box by box; to any row for padding."""
+    k = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, _x_layout())), 0)
+    rows = ()
+    for i in gl.static_range(BLOCK_M // BOX_ROWS):
+        row = gl.minimum(slot[i], slots - 1) // top_k
+        rows = rows + (x_ptr + (gl.expand_dims(row.to(gl.int64) * x_stride, 1) + k),)
+    return rows
+
+
+@gluon.jit
+def _gather(rows, xs, step, K, WHOLE: gl.constexpr):
+    """Starts copying 64 columns of some rows of x; zeros past the end of K."""
+    if WHOLE:
+        copy_to_shared(xs, rows + step * 64)
+    else:
+        k = gl.expand_dims(step * 64 + gl.arange(0, 64, gl.SliceLayout(0, _x_layout())), 0)
+        copy_to_shared(xs, rows + step * 64, mask=gl.broadcast(k < K, rows)[0])
 
 
 @gluon.jit
@@ -79,34 +124,41 @@ def _ask_weight(
     _, codes, scales, full, _ = ring
     _, tiles_n, groups = sizes
     SCALED: gl.constexpr = codes_desc.block_type.nbytes + scales_desc.block_type.nbytes
-    BYTES: gl.constexpr = 2 * (SCALED if zeros_desc is None else SCALED + zeros_desc.block_type.nbytes)
+    BYTES: gl.constexpr = SCALED if zeros_desc is None else SCALED + zeros_desc.block_type.nbytes
     if GATHERS:
         mbarrier.expect(full.index(at), BYTES)
     else:
         for i in gl.static_range(1, BLOCK_M // BOX_ROWS + 1):
             mbarrier.expect(full.index(at), BYTES + i * BOX_ROWS * 128, pred=boxes == i)
-    first = n * WARPGROUPS if GATED else n * (2 * WARPGROUPS)
-    second = first + (tiles_n // 2 if GATED else WARPGROUPS)
+    if GATED:  # rows of the gate tiles and, in the second half, of the up tiles
+        half, row = expert * 2, n * WARPGROUPS
+    else:
+        half, row = 0, expert * tiles_n + n * (2 * WARPGROUPS)
+    box = reinterpreted(codes.index(at), gl.int32, codes_desc.block_shape, codes_desc.layout)
+    to_shared(codes_desc, [half, row, step * 16, 0], full.index(at), box)
     group = expert * groups + step * 64 // GROUP
-    for i in gl.static_range(2):
-        row = first if i == 0 else second
-        to = at * 2 + i
-        box = reinterpreted(codes.index(to), gl.int32, codes_desc.block_shape, codes_desc.layout)
-        to_shared(codes_desc, [expert * tiles_n + row, step * 16, 0], full.index(at), box)
-        to_shared(scales_desc, [group, row * 64], full.index(at), scales.index(to))
-        if zeros_desc is not None:
-            to_shared(zeros_desc, [group, row * 64], full.index(at), zeros.index(to))
+    first = n * (WARPGROUPS * 64) if GATED else n * (2 * WARPGROUPS * 64)
+    at_scales = reinterpreted(scales.index(at), scales.dtype, scales_desc.block_shape, scales_desc.layout)
+    to_shared(scales_desc, [group, 0, first], full.index(at), at_scales)
+    if zeros_desc is not None:
+        at_zeros = reinterpreted(zeros.index(at), zeros.dtype, zeros_desc.block_shape, zeros_desc.layout)
+        to_shared(zeros_desc, [group, 0, first], full.index(at), at_zeros)
 
 
 @gluon.jit
 def produce(
-    x, w, ring, zeros, routing, sizes,
-    GROUP: gl.constexpr, GATED: gl.constexpr, TOP_K: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    x, w, ring, zeros, told, routing, sizes,
+    GROUP: gl.constexpr, GATED: gl.constexpr, WHOLE: gl.constexpr, BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Fills the ring, unit after unit. What a unit needs of the route is asked for a unit ahead."""
+    """Fills the ring, unit after unit, and tells the consumers which these are.
+
+    Units differ in work: those with most rows come first, and each program takes the next one when it is free, but for
+    its first two. What a unit needs of the route is asked for a unit ahead, and its block two ahead.
+    """
     xs, _, _, full, empty = ring
     x_ptr, x_stride, x_desc = x
-    sorted_ptr, expert_ptr, used_ptr, slots = routing
+    sorted_ptr, expert_ptr, order_ptr, used_ptr, taken_ptr, slots, top_k = routing
     K, tiles_n, _ = sizes
     GATHERS: gl.constexpr = x_ptr is not None
     steps = gl.cdiv(K, 64)
@@ -115,50 +167,59 @@ def produce(
         wait_for_the_kernel_before()
         let_the_next_kernel_start()
     units = gl.load(used_ptr) // BLOCK_M * units_n
-    start = gl.program_id(0)
-    expert = gl.load(expert_ptr + gl.minimum(start, gl.maximum(units, 1) - 1) // units_n)
-    marks = marks_of(sorted_ptr, start, units, units_n, BLOCK_M)
+    unit, later, turn = gl.program_id(0), gl.program_id(0) + gl.num_programs(0), 0
+    block, next_block = _block_of(order_ptr, unit, units, units_n), _block_of(order_ptr, later, units, units_n)
+    expert = gl.load(expert_ptr + block)
+    marks = _marks_of(sorted_ptr, block, BLOCK_M)
     if GATHERS:
         early = 0
-        slot = _slots(sorted_ptr, start, units, units_n, BLOCK_M)
+        rows = _rows_of(x_ptr, x_stride, _slots_of(sorted_ptr, block, BLOCK_M), slots, top_k, BLOCK_M)
     else:
         # Neither the weight nor the route is of the kernel before: the first tiles are asked for while that still runs.
-        early = gl.minimum(STAGES, steps) * (start < units).to(gl.int32)
-        boxes = boxes_of(marks, slots, BLOCK_M)
+        early = gl.minimum(STAGES, steps) * (unit < units).to(gl.int32)
+        boxes = _boxes_of(marks, slots, BLOCK_M)
         for step in range(early):
             _ask_weight(
-                w, ring, zeros, expert, start % units_n, step, step, boxes, sizes,
+                w, ring, zeros, expert, unit % units_n, step, step, boxes, sizes,
                 GROUP, GATED, BLOCK_M, GATHERS,
             )  # fmt: skip
         wait_for_the_kernel_before()
         let_the_next_kernel_start()
         for step in range(early):
-            _ask_x(x_desc, xs.index(step), full.index(step), start // units_n * BLOCK_M, boxes, step, BLOCK_M)
+            _ask_x(x_desc, xs.index(step), full.index(step), block * BLOCK_M, boxes, step, BLOCK_M)
     done = early
-    for unit in range(start, units, gl.num_programs(0)):
-        boxes = boxes_of(marks, slots, BLOCK_M)
-        later = unit + gl.num_programs(0)
-        next_expert = gl.load(expert_ptr + gl.minimum(later, units - 1) // units_n)
-        next_marks = marks_of(sorted_ptr, later, units, units_n, BLOCK_M)
+    while unit < units:
+        n = unit % units_n
+        boxes = _boxes_of(marks, slots, BLOCK_M)
+        tell(told, turn, (block * units_n + n) * 8 + boxes)
+        latest = gl.atomic_add(taken_ptr, 1, sem="relaxed") + 2 * gl.num_programs(0)
+        later_block = _block_of(order_ptr, latest, units, units_n)
+        next_expert = gl.load(expert_ptr + next_block)
+        next_marks = _marks_of(sorted_ptr, next_block, BLOCK_M)
         if GATHERS:
-            next_slot = _slots(sorted_ptr, later, units, units_n, BLOCK_M)
-        for step in range(early * (unit == start).to(gl.int32), steps):
+            next_slots = _slots_of(sorted_ptr, next_block, BLOCK_M)
+        for step in range(early * (turn == 0).to(gl.int32), steps):
             at = done % STAGES
             mbarrier.wait(empty.index(at), (done // STAGES & 1) ^ 1)
             _ask_weight(
-                w, ring, zeros, expert, unit % units_n, step, at, boxes, sizes,
+                w, ring, zeros, expert, n, step, at, boxes, sizes,
                 GROUP, GATED, BLOCK_M, GATHERS,
             )  # fmt: skip
             if GATHERS:
                 for i in gl.static_range(BLOCK_M // BOX_ROWS):
                     if i < boxes:
-                        to = xs.index(at).slice(i * BOX_ROWS, BOX_ROWS, 0)
-                        _gather(x_ptr, x_stride, to, slot[i], slots, step, K, TOP_K)
+                        _gather(rows[i], xs.index(at).slice(i * BOX_ROWS, BOX_ROWS, 0), step, K, WHOLE)
                 async_copy.mbarrier_arrive(full.index(at), increment_count=False)
             else:
-                _ask_x(x_desc, xs.index(at), full.index(at), unit // units_n * BLOCK_M, boxes, step, BLOCK_M)
+                _ask_x(x_desc, xs.index(at), full.index(at), block * BLOCK_M, boxes, step, BLOCK_M)
             done += 1
         expert = next_expert
         marks = next_marks
         if GATHERS:
-            slot = next_slot
+            rows = _rows_of(x_ptr, x_stride, next_slots, slots, top_k, BLOCK_M)
+        unit = later
+        later = latest
+        block = next_block
+        next_block = later_block
+        turn += 1
+    tell(told, turn, 0)

@@ -6,12 +6,15 @@ slots are one chunk, and every program counts them for itself; many are counted 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..errors import BadInput, explain_mismatch
 from ..moe.route import Route, most_blocks
 from ._launch import Launch
 
@@ -21,7 +24,31 @@ CHUNK, MOST_CHUNKS = 1024, 32  # slots of a chunk at least, and chunks, where th
 LONGEST_CHUNK = 1 << 15  # what a field counts; more slots take more chunks
 FEWEST_BINS = 64  # at least a bin for each lane of a warp
 MOST_COUNTS = 4096  # read at a time
+BOX = 32  # rows of a block that a wide kernel computes at a time
+GEMMS = 2
+MOST_OF_A_KIND = tl.constexpr((1 << 15) - 1)  # blocks with as many boxes of rows
 OWNED = 16  # blocks whose expert a program looks up at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """In what order the programs of GEMMs take the blocks of a route.
+
+    order  int32 [blocks]: blocks, those with most boxes of BOX rows first
+    taken  int32 [GEMMS]: 0, for each to count what its programs have taken
+    """
+
+    order: Tensor
+    taken: Tensor
+
+    @classmethod
+    def of(cls, topk_ids: Tensor, experts: int, block: int) -> Turns:
+        blocks = most_blocks(topk_ids.numel(), experts, block)
+        if blocks > MOST_OF_A_KIND.value:
+            got, wanted = f"{blocks} blocks of {block} slots", f"at most {MOST_OF_A_KIND.value}"
+            raise BadInput(explain_mismatch("topk_ids", got=got, wanted=wanted, then="Call it for fewer tokens."))
+        order, taken = (topk_ids.new_empty(size, dtype=torch.int32) for size in (blocks, GEMMS))
+        return cls(order=order, taken=taken)
 
 
 @triton.jit
@@ -80,6 +107,8 @@ def _route(
     expert_ptr,  # [blocks] int32
     used_ptr,  # [1] int32
     position_ptr,  # [slots] int32
+    order_ptr,  # [blocks] int32, or None
+    taken_ptr,  # [TAKEN] int32, or None
     ids_ptr,  # [slots]
     counts_ptr,  # [chunks, BINS] int32 of _route_counts; None: one step holds all slots
     slots,
@@ -92,6 +121,8 @@ def _route(
     STEP: tl.constexpr,
     ROWS: tl.constexpr,  # of counts read at a time
     OWNED: tl.constexpr,
+    BOX: tl.constexpr,
+    TAKEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Ranks one chunk of slots for OWN experts, and finds the experts of some blocks."""
@@ -134,19 +165,43 @@ def _route(
         ids = _ids(ids_ptr, slot, slots, EXPERTS)
 
     filled = starts + counts
+    if order_ptr is not None:
+        # How many blocks of an expert have one box of rows, two and so on, in fields of one number.
+        KINDS: tl.constexpr = BLOCK // BOX
+        BITS: tl.constexpr = 64 // KINDS
+        wholes = tl.maximum(padded // BLOCK - 1, 0)
+        last = tl.maximum(counts - 1, 0) % BLOCK // BOX
+        kinds = (wholes.to(tl.int64) << (BITS * (KINDS - 1))) + (tl.full((BINS,), 1, tl.int64) << (BITS * last))
+        kinds = tl.where(counts > 0, kinds, 0)
+        kinds_before = tl.cumsum(kinds, 0) - kinds
+        all_kinds = tl.sum(kinds, 0)
     for first in range((chunk * tl.num_programs(0) + group) * OWNED, blocks, chunks * tl.num_programs(0) * OWNED):
         block = first + tl.arange(0, OWNED)
         owner = tl.sum((ends[None, :] <= (block * BLOCK)[:, None]).to(tl.int32), 1)
         tl.store(expert_ptr + block, tl.where(owner < EXPERTS, owner, -1), mask=block < blocks)
+        if order_ptr is not None:
+            own = tl.minimum(owner, BINS - 1)
+            within = block - tl.gather(starts, own, 0) // BLOCK
+            kind = tl.where(within < tl.gather(wholes, own, 0), KINDS - 1, tl.gather(last, own, 0))
+            turn = (tl.gather(kinds_before, own, 0) >> (BITS * kind)).to(tl.int32) & MOST_OF_A_KIND
+            turn += tl.where(kind == KINDS - 1, within, 0)
+            for i in tl.static_range(1, KINDS):
+                of_kind = (all_kinds >> (BITS * i)).to(tl.int32) & MOST_OF_A_KIND
+                turn += tl.where(kind < i, of_kind, 0)
+            tl.store(order_ptr + turn, block, mask=(block < blocks) & (owner < EXPERTS))
         empty = tl.where(owner < EXPERTS, tl.gather(filled, tl.minimum(owner, BINS - 1), 0), 0)
         at = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         tl.store(sorted_ptr + at, slots, mask=(block < blocks)[:, None] & (at >= empty[:, None]))
     if (group == 0) & (chunk == 0):
         tl.store(used_ptr, tl.sum(padded, 0))
+        if taken_ptr is not None:
+            tl.store(taken_ptr + tl.arange(0, TAKEN), 0)
 
 
-def route_launches(topk_ids: Tensor, experts: int, block: int, pdl: bool = False) -> tuple[Route, tuple[Launch, ...]]:
-    """The route of topk_ids [tokens, top_k] in blocks of `block` slots, and the launches that fill it.
+def route_launches(
+    topk_ids: Tensor, experts: int, block: int, pdl: bool = False, turns: Turns | None = None
+) -> tuple[Route, tuple[Launch, ...]]:
+    """The route of topk_ids [tokens, top_k] in blocks of `block` slots, and the launches that fill it, and `turns`.
 
     pdl  Hopper: the launches wait for the kernel before them on the device, and let the next one start
     """
@@ -189,7 +244,8 @@ def route_launches(topk_ids: Tensor, experts: int, block: int, pdl: bool = False
         args = {"counts_ptr": counts, "ids_ptr": ids, "slots": slots, "steps": steps}
         constants = {**sizes, "STEP": step, "PDL": pdl}
         first = (Launch(fn=_route_counts, grid=(chunks,), args=args, constants=constants, options=options),)
-    args = {**outputs, "ids_ptr": ids, "counts_ptr": counts, "slots": slots, "steps": steps, "blocks": blocks}
+    taking = {"order_ptr": turns.order, "taken_ptr": turns.taken} if turns else {"order_ptr": None, "taken_ptr": None}
+    args = {**outputs, **taking, "ids_ptr": ids, "counts_ptr": counts, "slots": slots, "steps": steps, "blocks": blocks}
     constants = {
         **sizes,
         "BLOCK": block,
@@ -197,6 +253,8 @@ def route_launches(topk_ids: Tensor, experts: int, block: int, pdl: bool = False
         "STEP": step,
         "ROWS": max(1, MOST_COUNTS // bins),
         "OWNED": OWNED,
+        "BOX": BOX,
+        "TAKEN": turns.taken.numel() if turns else 0,
         "PDL": pdl,
     }
     grid = (triton.cdiv(experts, OWN), chunks)

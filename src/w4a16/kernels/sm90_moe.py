@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -26,42 +27,47 @@ from ..layouts import PackedWeight
 from ..layouts.sm90 import TILE, TILE_WORDS
 from ..moe.route import Route
 from ..tuning.sm90_moe_tiles import Sm90MoeTile
-from . import sm90_moe_decode
+from . import sm90_moe_decode, sm90_moe_few
 from ._launch import Launch, runs
 from ._permuted_rows import permuted_rows
 from ._sm90 import aligned, groups_a_tile
 from ._sm90_moe_consumer import consume, scales_sums
 from ._sm90_moe_producer import BOX_ROWS, THREADS, WARPGROUPS, produce
 from ._token_sums import placed_sums
-from .route import route_launches
+from .route import Turns, route_launches
 
 LEAST_SORTED = 8  # slots a block of experts in act-order, whose rows are put in order by the route
 # Of a thread of consumers, and of the producer, which gathers so many rows: together all that an SM has.
 REGISTERS = {32: (224, 56), 64: (224, 56), 128: (216, 72)}
+UNGATHERED = (232, 40)  # 128 rows with zero points, x by TMA: ptxas of Triton 3.6 spills two words with fewer
 ALIGNMENT = 16  # elements: copies take 16 bytes, and Triton knows of multiples of 16
 
 
-@gluon.jit(do_not_specialize=["slots"])
+@gluon.jit(do_not_specialize=["which", "slots", "top_k", "tiles_n", "groups"])
 def _sm90_moe(
     out_desc,  # [positions, WIDTH] in boxes of [32, 64]
-    x_ptr,  # [slots / TOP_K, K], gathered; None: x_desc
+    x_ptr,  # [slots / top_k, K], gathered; None: x_desc
     x_stride,
     x_desc,  # [positions, K] in boxes of [32, 64]; None: x_ptr
-    codes_desc,  # int32 [E * N/64 * K/64 * 16, 32] in boxes of one tile, layout SM90
-    scales_desc,  # [E * K/G, N_PADDED] in boxes of one tile's groups and rows
+    codes_desc,  # int32 [2 E, N/128, K/64 * 16, 32] where GATED, else [1, E * N/64, ...], in boxes of TILES tiles
+    scales_desc,  # [E * K/G, 2, N/2] where GATED, else [..., 1, N], in boxes of the groups and rows of TILES tiles
     zeros_desc,  # uint8 like scales, or None: every zero point is 8
     shares_ptr,  # [slots], or None: what multiplies a row of x
     sorted_ptr,  # [positions] int32: slots by expert; padding is `slots`
     expert_ptr,  # [positions / BLOCK_M] int32
+    order_ptr,  # [positions / BLOCK_M] int32: blocks, those with most rows first
     used_ptr,  # [1] int32: positions in use
+    taken_ptr,  # int32, 0 at the start: units of work that programs have taken, at `which`
+    which,
     slots,
+    top_k,  # slots of a gathered row of x
     K,
     tiles_n,  # of 64 rows, an expert
     groups,  # rows of scales, an expert
     GROUP: gl.constexpr,
     GATED: gl.constexpr,
     ACTIVATION: gl.constexpr,
-    TOP_K: gl.constexpr,
+    WHOLE: gl.constexpr,  # K is a multiple of 64
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
@@ -72,16 +78,26 @@ def _sm90_moe(
     GATHERS: gl.constexpr = x_ptr is not None
     x_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     xs = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, 64], x_layout)
+    TILES: gl.constexpr = 2 * WARPGROUPS
     codes_layout: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
-    codes = gl.allocate_shared_memory(gl.int32, [STAGES * 2, WARPGROUPS * 16, 32], codes_layout)
-    scales = gl.allocate_shared_memory(DTYPE, [STAGES * 2, GROUPS, WARPGROUPS * 64], scales_desc.layout)
+    codes = gl.allocate_shared_memory(gl.int32, [STAGES, TILES * 16, 32], codes_layout)
+    scales_layout: gl.constexpr = gl.NVMMASharedLayout(0, 16, 2)
+    scales = gl.allocate_shared_memory(DTYPE, [STAGES, GROUPS, TILES * 64], scales_layout)
     if zeros_desc is None:
         zeros: gl.constexpr = None
     else:
-        zeros = gl.allocate_shared_memory(gl.uint8, [STAGES * 2, GROUPS, WARPGROUPS * 64], zeros_desc.layout)
-    outs = gl.allocate_shared_memory(out_desc.dtype, [WARPGROUPS, BLOCK_M, 64], out_desc.layout)
+        zeros_layout: gl.constexpr = gl.NVMMASharedLayout(0, 8, 2)
+        zeros = gl.allocate_shared_memory(gl.uint8, [STAGES, GROUPS, TILES * 64], zeros_layout)
+    ROOMS: gl.constexpr = 1 if GATED or out_desc.dtype == gl.float32 else 2  # of 64 columns, a warpgroup
+    outs = gl.allocate_shared_memory(out_desc.dtype, [WARPGROUPS * ROOMS, BLOCK_M, 64], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    words = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    said = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(said.index(i), count=1)
+        mbarrier.init(heard.index(i), count=WARPGROUPS)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1 + THREADS if GATHERS else 1)
         mbarrier.init(empty.index(i), count=WARPGROUPS)
@@ -89,18 +105,19 @@ def _sm90_moe(
     C: gl.constexpr = CONSUMER_REGISTERS
     P: gl.constexpr = PRODUCER_REGISTERS
     ring = (xs, codes, scales, full, empty)
+    told = (words, said, heard)
     x = (x_ptr, x_stride, x_desc)
     w = (codes_desc, scales_desc, zeros_desc)
-    routing = (sorted_ptr, expert_ptr, used_ptr, slots)
+    routing = (sorted_ptr, expert_ptr, order_ptr, used_ptr, taken_ptr + which, slots, top_k)
     sizes = (K, tiles_n, groups)
     # fmt: off
     gl.warp_specialize([
-        (consume, (0, out_desc, shares_ptr, ring, zeros, outs, routing, sizes,
+        (consume, (0, out_desc, shares_ptr, ring, zeros, told, outs, routing, sizes,
          GROUP, GATED, ACTIVATION, BLOCK_M, STAGES, GATHERS)),
-        (consume, (1, out_desc, shares_ptr, ring, zeros, outs, routing, sizes,
+        (consume, (1, out_desc, shares_ptr, ring, zeros, told, outs, routing, sizes,
          GROUP, GATED, ACTIVATION, BLOCK_M, STAGES, GATHERS)),
-        (produce, (x, w, ring, zeros, routing, sizes,
-         GROUP, GATED, TOP_K, BLOCK_M, STAGES)),
+        (produce, (x, w, ring, zeros, told, routing, sizes,
+         GROUP, GATED, WHOLE, BLOCK_M, STAGES)),
     ], [4, 4], [C, P])
     # fmt: on
 
@@ -116,40 +133,49 @@ def gemm(
     activation: str | None,
     gated: bool,
     tile: Sm90MoeTile,
+    turns: Turns,
+    which: int,
 ) -> Launch:
     """out [positions, N, or N/2 where gated] of the routed rows of x.
 
     top_k: the row of a slot is slot // top_k; None: rows of x stand in the order of positions, as those of out do.
     shares [slots]: what multiplies a row of x, before the activation.
+    turns, which: in what order programs take the blocks, by gemm 1's or 2's count of those taken.
     """
     tiles_n, tiles_k, groups = weight.codes.shape[-2], weight.codes.shape[-1] // TILE_WORDS, weight.scales.shape[-2]
     group = tiles_k * TILE if weight.group == weight.k else weight.group
     box = [BOX_ROWS.value, TILE]
-    codes = weight.codes.view(-1, tiles_k * 16, TILE_WORDS // 16)
-    codes_box = [WARPGROUPS.value, 16, TILE_WORDS // 16]
+    halves = 2 if gated else 1
+    tiles = weight.codes.view(weight.experts * 2 if gated else 1, -1, tiles_k * 16, TILE_WORDS // 16)
+    tiles_box = [halves, 2 * WARPGROUPS.value // halves, 16, TILE_WORDS // 16]
     args = {
         "out_desc": TensorDescriptor.from_tensor(out, box, gl.NVMMASharedLayout(128, 8 * out.itemsize, 2)),
         "x_ptr": None if top_k is None else x,
         "x_stride": x.stride(0),
         "x_desc": None if top_k else TensorDescriptor.from_tensor(x, box, gl.NVMMASharedLayout(128, 16, 2)),
-        "codes_desc": TensorDescriptor.from_tensor(codes, codes_box, gl.NVMMASharedLayout(128, 32, 3)),
-        "scales_desc": _row_desc(weight.scales, group),
-        "zeros_desc": None if weight.zeros is None else _row_desc(weight.zeros, group),
+        "codes_desc": TensorDescriptor.from_tensor(tiles, tiles_box, gl.NVMMASharedLayout(128, 32, 4)),
+        "scales_desc": _row_desc(weight.scales, group, halves),
+        "zeros_desc": None if weight.zeros is None else _row_desc(weight.zeros, group, halves),
         "shares_ptr": shares,
         "sorted_ptr": routing.sorted_token_ids,
         "expert_ptr": routing.expert_ids,
+        "order_ptr": turns.order,
         "used_ptr": routing.num_tokens_post_padded,
+        "taken_ptr": turns.taken,
+        "which": which - 1,
         "slots": routing.position.numel(),
+        "top_k": top_k or 1,
         "K": weight.k,
         "tiles_n": tiles_n,
         "groups": groups,
     }
-    consumer, producer = REGISTERS[tile.block_m]
+    widest = tile.block_m == max(REGISTERS) and top_k is None and weight.zeros is not None
+    consumer, producer = UNGATHERED if widest else REGISTERS[tile.block_m]
     constants = {
         "GROUP": group,
         "GATED": gated,
         "ACTIVATION": activation,
-        "TOP_K": top_k,
+        "WHOLE": weight.k % TILE == 0,
         "BLOCK_M": tile.block_m,
         "STAGES": tile.stages,
         "CONSUMER_REGISTERS": consumer,
@@ -162,11 +188,11 @@ def gemm(
     return Launch(fn=_sm90_moe, grid=grid, args=args, constants=constants, options=options)
 
 
-def _row_desc(grid: Tensor, group: int) -> TensorDescriptor:
-    """Scales or zero points of all experts in boxes of adjacent tiles."""
-    rows = grid.view(-1, grid.shape[-1])
-    box = [groups_a_tile(group), WARPGROUPS.value * TILE]
-    return TensorDescriptor.from_tensor(rows, box, gl.NVMMASharedLayout(0, 8 * grid.itemsize, 2))
+def _row_desc(grid: Tensor, group: int, halves: int) -> TensorDescriptor:
+    """Scales or zero points of all experts in boxes of the rows that a program takes at a time."""
+    rows = grid.view(-1, halves, grid.shape[-1] // halves)
+    box = [groups_a_tile(group), 1 if halves == 1 else 2, 2 * WARPGROUPS.value * TILE // halves]
+    return TensorDescriptor.from_tensor(rows, box, gl.NVMMASharedLayout(0, 8 * grid.itemsize, 3))
 
 
 def plan(
@@ -187,28 +213,30 @@ def plan(
     top_k, in_order = topk_ids.shape[1], w13.perm is None and w2.perm is None
     x, shares = aligned(x, ALIGNMENT), topk_weights.contiguous()
     if tile.block_m == 1 and tile.gemms is not None and in_order:
-        return sm90_moe_decode.few(
-            out=out,
-            x=x,
-            w13=w13,
-            w2=w2,
-            topk_weights=shares,
-            topk_ids=topk_ids,
-            activation=activation,
-            gated=gated,
-            weight_input=weight_input,
-            tile=tile.gemms[0],
-            tile2=tile.gemms[1],
-        )
+        layer: dict[str, Any] = {
+            "out": out,
+            "x": x,
+            "w13": w13,
+            "w2": w2,
+            "topk_weights": shares,
+            "topk_ids": topk_ids,
+            "activation": activation,
+            "gated": gated,
+            "weight_input": weight_input,
+        }
+        if tile.parts and gated:
+            return sm90_moe_few.few(**layer, parts=tile.parts)
+        return sm90_moe_decode.few(**layer, tile=tile.gemms[0], tile2=tile.gemms[1])
     block = max(tile.block_m, LEAST_SORTED)
-    routing, launches = route_launches(topk_ids, w13.experts, block, pdl=True)
+    turns = None if tile.gemms else Turns.of(topk_ids, w13.experts, block)
+    routing, launches = route_launches(topk_ids, w13.experts, block, pdl=True, turns=turns)
     positions = routing.sorted_token_ids.numel()
     hidden = out.new_empty((positions, w2.k))
     # In groups of 32 every weight is scaled, and rounded; rounding y as well would pass bf16's bound on the error.
     rounded = scales_sums(w13.group) and scales_sums(w2.group)
     y = out.new_empty((positions, w2.n), dtype=out.dtype if rounded else torch.float32)
     x, before1 = _ordered(x, w13, routing, top_k)
-    gemm1 = _gemm_of(tile, 1)(
+    gemm1 = _gemm_of(tile, turns, 1)(
         out=hidden,
         x=x,
         weight=w13,
@@ -219,7 +247,7 @@ def plan(
         gated=gated,
     )
     rows, before2 = _ordered(hidden, w2, routing, None)
-    gemm2 = _gemm_of(tile, 2)(
+    gemm2 = _gemm_of(tile, turns, 2)(
         out=y,
         x=rows,
         weight=w2,
@@ -233,11 +261,12 @@ def plan(
     return *launches, *before1, gemm1, *before2, gemm2, sums
 
 
-def _gemm_of(tile: Sm90MoeTile, which: int) -> Callable[..., Launch]:
+def _gemm_of(tile: Sm90MoeTile, turns: Turns | None, which: int) -> Callable[..., Launch]:
     """The kernel of gemm1 or gemm2, with its tile: mma.sync for narrow blocks, wgmma for wide ones."""
     if tile.gemms is not None:
         return functools.partial(sm90_moe_decode.gemm, tile=tile.gemms[which - 1])
-    return functools.partial(gemm, tile=tile)
+    assert turns is not None
+    return functools.partial(gemm, tile=tile, turns=turns, which=which)
 
 
 def _ordered(x: Tensor, weight: PackedWeight, routing: Route, top_k: int | None) -> tuple[Tensor, tuple[Launch, ...]]:

@@ -48,7 +48,8 @@ def pack_sm90(weight: QuantizedWeight, act: torch.dtype) -> tuple[Tensor, Tensor
     rows, columns = -(-n // TILE), -(-k // TILE)
     codes = weight.codes.new_empty((*lead, rows, columns * TILE_WORDS))
     step = max(1, BLOCK_TILES // columns)
-    for plain, packed in zip(weight.codes.view(-1, n, k // 8), codes.view(-1, *codes.shape[-2:]), strict=True):
+    experts = zip(weight.codes.view(-1, n, k // 8), codes.view(-1, *codes.shape[-2:]), strict=True)
+    for plain, packed in () if codes.is_meta else experts:
         for start in range(0, rows, step):
             block, tiles = plain[start * TILE : (start + step) * TILE], packed[start : start + step]
             _tile(_padded(block, columns * TILE // CODES_PER_WORD, len(tiles) * TILE), tiles)

@@ -7,8 +7,8 @@ cuts all formats: rows for N, columns for K. Nothing here imports vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,14 +32,14 @@ class Stored:
     """The companion tensors of a module by their names on disk, and the way from each to its plain form.
 
     order    act-order: the group of every input channel, [K]
-    ignored  tensors that are on disk and say nothing that the others do not
+    ignored  tensors that are on disk and say nothing that the others do not, each with its dtype there
     """
 
     codes: tuple[str, Convert]
     scales: tuple[str, Convert]
     zeros: tuple[str, Convert] | None
     order: str | None = None
-    ignored: tuple[str, ...] = ()
+    ignored: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -77,7 +77,7 @@ def compressed_tensors(*, symmetric: bool) -> Stored:
         codes=("weight_packed", _as_it_is),
         scales=("weight_scale", _as_it_is),
         zeros=None if symmetric else ("weight_zero_point", _packed_along_rows),
-        ignored=("weight_shape",),
+        ignored={"weight_shape": torch.int64},
     )
 
 
@@ -97,7 +97,7 @@ def gptq(*, version: int, act_order: bool, reads_order: bool) -> Stored:
         scales=("scales", _turned),
         zeros=("qzeros", lambda stored: unpack_nibbles(stored + offset).t()),
         order="g_idx" if act_order else None,
-        ignored=("g_idx",) if reads_order and not act_order else (),
+        ignored={"g_idx": torch.int32} if reads_order and not act_order else {},
     )
 
 

@@ -13,11 +13,13 @@ from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScalePa
 
 from ..api import pack
 from ..checkpoints import Scheme
+from ..device import current_device
 from ..errors import Unsupported
 from ..layouts import PackedWeight
 from ..nn import W4A16Linear
 from ..ops import linear_call
-from ..problem import ACT_NAMES
+from ..problem import ACT_NAMES, Problem
+from . import _vllm_warmup
 from ._vllm_formats import Convert, Cut, Stored, in_order, refusal, weight_of
 
 logger = init_logger("vllm.w4a16")
@@ -85,6 +87,17 @@ class W4A16LinearMethod(LinearMethodBase):  # type: ignore[misc]
             return
         self.cut, self.rows, self.act = cut, list(output_partition_sizes), params_dtype
         self._register(layer, extra["weight_loader"], output_size)
+        problem = Problem(
+            m=1,
+            n=cut.n,
+            k=cut.k,
+            group=cut.group(self.scheme),
+            act=ACT_NAMES[params_dtype],
+            has_zeros=not self.scheme.symmetric,
+        )
+        # the bias itself is made after this
+        self.kind = _vllm_warmup.Kind(problem, getattr(layer, "has_bias", False) and not layer.skip_bias_add)
+        _vllm_warmup.want(self.kind)
 
     def _register(self, layer: nn.Module, load: Callable[..., Any], output_size: int) -> None:
         """Parameters in plain form under the names on disk, each with a loader that converts what it is given."""
@@ -104,17 +117,19 @@ class W4A16LinearMethod(LinearMethodBase):  # type: ignore[misc]
         add(codes[0], torch.zeros(n, self.cut.k // 8, dtype=torch.int32), codes[1])
         add(scales[0], torch.zeros(n, groups, dtype=self.act), scales[1], shared)
         if zeros is not None:
-            add(zeros[0], torch.full((n, groups), 8, dtype=torch.uint8), zeros[1], shared)
-        for name in stored.ignored:
-            layer.register_parameter(name, BasevLLMParameter(data=torch.empty(0), weight_loader=_ignore))
+            # as wide as on disk, or vLLM warns of each
+            add(zeros[0], torch.full((n, groups), 8, dtype=torch.int32), zeros[1], shared)
+        for name, dtype in stored.ignored.items():
+            nothing = torch.empty(0, dtype=dtype)
+            layer.register_parameter(name, BasevLLMParameter(data=nothing, weight_loader=_ignore))
         if stored.order is not None:
             orders = in_order(self.cut, self.scheme, len(self.rows))
             layer.register_parameter(stored.order, BasevLLMParameter(data=orders, weight_loader=_load_order))
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         stored = self.stored
         codes, scales = (getattr(layer, name).data for name, _ in (stored.codes, stored.scales))
-        zeros = None if stored.zeros is None else getattr(layer, stored.zeros[0]).data
+        zeros = None if stored.zeros is None else getattr(layer, stored.zeros[0]).data.to(torch.uint8)
         orders = None if stored.order is None else getattr(layer, stored.order).data
         for name in stored.names:
             delattr(layer, name)
@@ -137,6 +152,9 @@ class W4A16LinearMethod(LinearMethodBase):  # type: ignore[misc]
             say_served("linear layers", packed, self.prefix)
             layer.w4a16.append(W4A16Linear.of(packed))
             start += size
+        x = torch.zeros(1, self.cut.k, dtype=self.act, device=codes.device)
+        bias, device = layer.bias if self.kind.bias else None, current_device(codes.device)
+        _vllm_warmup.warm_up(self.kind, device, lambda m: self.apply(layer, x.repeat(m, 1), bias), logger.info)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         parts = layer.w4a16

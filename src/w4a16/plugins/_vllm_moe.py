@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from ..errors import Unsupported
 from ..moe.activations import ACTIVATIONS
 from ..nn import W4A16Experts
 from ..problem import ACT_NAMES, Problem
+from . import _vllm_warmup
 from ._vllm_formats import Convert, Cut, Stored, experts_of, in_order, refusal
-from ._vllm_linear import say_served
+from ._vllm_linear import logger, say_served
 
 HALVES = {"w1": 0, "w3": 1}  # vLLM's names: gate is w1, up is w3, down is w2
 NO_GATE = "_no_mul"
@@ -76,22 +78,27 @@ def _layout(config: Any, scheme: Scheme, act: torch.dtype, device: Device) -> st
     return experts_layout(gate_up, down, device)
 
 
+def asked(config: Any, scheme: Scheme, act: torch.dtype) -> Problem:
+    """What this layer is asked for one token."""
+    cut, _ = cuts(config)
+    return Problem(
+        m=1,
+        n=cut.n,
+        k=cut.k,
+        group=cut.group(scheme),
+        act=ACT_NAMES[act],
+        has_zeros=not scheme.symmetric,
+        experts=config.num_local_experts,
+        top_k=min(config.experts_per_token, config.num_local_experts),
+    )
+
+
 def _no_kernel(layer: Any, scheme: Scheme, packed: str, device: torch.device) -> str | None:
     """Why no kernel for experts runs here, at decode or at prefill."""
-    config, (cut, _) = layer.moe_config, cuts(layer.moe_config)
+    problem = asked(layer.moe_config, scheme, layer.params_dtype)
     for m in (1, PREFILL_ROWS):
-        problem = Problem(
-            m=m,
-            n=cut.n,
-            k=cut.k,
-            group=cut.group(scheme),
-            act=ACT_NAMES[layer.params_dtype],
-            has_zeros=not scheme.symmetric,
-            experts=config.num_local_experts,
-            top_k=min(config.experts_per_token, config.num_local_experts),
-        )
         try:
-            choose(problem, current_device(device), packed)
+            choose(replace(problem, m=m), current_device(device), packed)
         except Unsupported as error:
             return str(error).split("\n")[0]
     return None
@@ -116,6 +123,8 @@ class W4A16MoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self.act = params_dtype
         for half, cut in zip(("w13", "w2"), cuts(self.moe), strict=True):
             self._register(layer, half, num_experts, cut)
+        self.kind = _vllm_warmup.Kind(asked(self.moe, self.scheme, params_dtype))
+        _vllm_warmup.want(self.kind)
 
     def _register(self, layer: nn.Module, half: str, experts: int, cut: Cut) -> None:
         """Parameters in plain form under the names on disk, each with a loader that converts and cuts."""
@@ -146,10 +155,10 @@ class W4A16MoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         add(scales, torch.zeros(experts, cut.n, groups, dtype=self.act), rows_and_columns(to_scales, whole))
         if stored.zeros is not None:
             zeros, to_zeros = stored.zeros
-            data = torch.full((experts, cut.n, groups), 8, dtype=torch.uint8)
+            data = torch.full((experts, cut.n, groups), 8, dtype=torch.int32)  # as wide as on disk
             add(zeros, data, rows_and_columns(to_zeros, whole))
-        for name in stored.ignored:
-            add(name, torch.empty(experts, 0), _ignore)
+        for name, dtype in stored.ignored.items():
+            add(name, torch.empty(experts, 0, dtype=dtype), _ignore)
         if stored.order is not None:
             lead = (experts, 2) if half == "w13" and self.moe.is_act_and_mul else (experts,)
             add(stored.order, in_order(cut, self.scheme, *lead), _load_order)
@@ -180,7 +189,7 @@ class W4A16MoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         for module, half, cut in zip((experts.w13, experts.w2), ("w13", "w2"), cuts(config), strict=True):
             stored = self.stored
             codes, scales = self._take(layer, half, stored.codes[0]), self._take(layer, half, stored.scales[0])
-            zeros = None if stored.zeros is None else self._take(layer, half, stored.zeros[0])
+            zeros = None if stored.zeros is None else self._take(layer, half, stored.zeros[0]).to(torch.uint8)
             order = None if stored.order is None else self._take(layer, half, stored.order)
             for name in stored.ignored:
                 self._take(layer, half, name)
@@ -190,6 +199,15 @@ class W4A16MoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             say_served("experts", packed, layer.layer_name)
             module.set(packed)
         layer.w4a16 = experts
+        _vllm_warmup.warm_up(self.kind, current_device(codes.device), lambda m: self._try(layer, m), logger.info)
+
+    def _try(self, layer: Any, m: int) -> None:
+        """m tokens, each to as many experts as vLLM sends one, all of them in turn."""
+        config, device = self.moe, layer.w4a16.w13.get().codes.device
+        ids = torch.arange(m * config.experts_per_token, device=device, dtype=torch.int32) % config.num_local_experts
+        ids = ids.view(m, -1)
+        x = torch.zeros(m, config.hidden_dim, dtype=self.act, device=device)
+        self.apply(layer, x, torch.ones_like(ids, dtype=torch.float32), ids)
 
     def _take(self, layer: nn.Module, half: str, name: str) -> Tensor:
         """A loaded tensor, which the layer holds no longer."""

@@ -16,6 +16,9 @@ QUANTIZATION = f"{LAYERS}.quantization"
 # module: names in it, "Class.name" for what a class holds; in brackets, arguments that w4a16 passes or is passed
 NAMES: dict[str, tuple[str, ...]] = {
     "vllm.logger": ("init_logger",),
+    "vllm.config": ("get_current_vllm_config",),
+    "vllm.config.kernel": ("KernelConfig.enable_jit_warmup",),
+    "vllm.config.scheduler": ("SchedulerConfig.max_num_batched_tokens",),
     "vllm.scalar_type": ("scalar_types",),
     "vllm.model_executor.models.utils": ("WeightsMapper",),
     "vllm.model_executor.parameter": ("BasevLLMParameter", "ChannelQuantScaleParameter", "ModelWeightParameter"),

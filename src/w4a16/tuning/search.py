@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..bench.cases import shapes_of
-from ..bench.providers import PROVIDERS, problem_of
+from ..bench.providers import PROVIDERS, problem_of, repacked
 from ..bench.run import BOUNDS, random_weight
 from ..bench.timer import copies_for, time_calls
 from ..device import Device, current_device, this_machine
@@ -68,7 +68,7 @@ def search(stem: str, weight: QuantizedWeight, m: int, act: str, tiles: Sequence
     x = torch.randn(m, weight.k, device=where).to(ACT_DTYPES[act])
     problem = problem_of(weight, x)
     packed = pack(weight, layout=_layout(stem), act=x.dtype)
-    copies = [packed, *(_clone(packed) for _ in range(copies_for(weight_bytes(problem)) - 1))]
+    copies = repacked(packed, copies_for(weight_bytes(problem)))
     wanted = x.float() @ weight.dequantize(torch.float32).t()
     timed, calls = [], {}
     for tile in tiles:
@@ -78,7 +78,7 @@ def search(stem: str, weight: QuantizedWeight, m: int, act: str, tiles: Sequence
             timed.append(Timed(problem=problem, tile=tile, seconds=float("inf"), refused=refused))
         else:
             calls[repr(tile)] = call
-    dense = [PROVIDERS["cublas"].prepare(weight, x.dtype) for _ in range(2)]
+    dense = PROVIDERS["cublas"].prepare(weight, x.dtype, 2)
     calls["None"] = lambda copy: dense[copy % 2](x)
     seconds = time_calls(calls, dict.fromkeys(calls, len(copies)), where, rounds)
     by_name = {repr(tile): tile for tile in (*tiles, None)}
@@ -88,11 +88,6 @@ def search(stem: str, weight: QuantizedWeight, m: int, act: str, tiles: Sequence
 
 def _layout(stem: str) -> str:
     return next(row.layouts[0] for row in TABLE if row.stem == stem)
-
-
-def _clone(packed: PackedWeight) -> PackedWeight:
-    zeros = None if packed.zeros is None else packed.zeros.clone()
-    return replace(packed, codes=packed.codes.clone(), scales=packed.scales.clone(), zeros=zeros)
 
 
 def _call(stem: str, x: Tensor, copies: Sequence[PackedWeight], tile: Any) -> Callable[[int], Tensor]:

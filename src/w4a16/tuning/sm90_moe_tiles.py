@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from ..device import Device
 from ..layouts.sm90 import TILE
 from ..problem import Problem
-from .sm90_tiles import Sm90DecodeTile, sm90_limit
+from .sm90_tiles import Sm90DecodeTile, cdiv, sm90_limit
 
 NARROW, WIDE = (1, 8, 16), (32, 64, 128)  # slots a block: by mma.sync, by wgmma
+MOST_TILES_AT_ONCE = 16  # four registers each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +22,15 @@ class Sm90MoeTile:
                   and 128 take wgmma, a block with fewer rows a narrower product
     stages        tiles of x and of codes, 64 columns each, in the ring (wgmma)
     gemm1, gemm2  the tiles of mma.sync
+    parts         for blocks of 1 in gated layers without act-order: warps that share K of gemm1, in programs that
+                  ask for all of their codes at their start (sm90_moe_few); 0: gemm1 and gemm2 serve these too
     """
 
     block_m: int
     stages: int = 6
     gemm1: Sm90DecodeTile | None = None
     gemm2: Sm90DecodeTile | None = None
+    parts: int = 0
 
     def __post_init__(self) -> None:
         for name in ("gemm1", "gemm2"):
@@ -49,6 +53,8 @@ def sm90_moe_limit(tile: Sm90MoeTile, problem: Problem, device: Device) -> str |
     if tile.block_m in NARROW:
         if tile.gemms is None:
             return f"blocks of {tile.block_m} slots need gemm1 and gemm2, the tiles of mma.sync"
+        if tile.parts and (why := _few_limit(tile, problem)):
+            return why
         block = replace(problem, m=tile.block_m)
         return next(filter(None, (sm90_limit(each, block, device) for each in tile.gemms)), None)
     if tile.block_m not in WIDE:
@@ -57,6 +63,15 @@ def sm90_moe_limit(tile: Sm90MoeTile, problem: Problem, device: Device) -> str |
         return f"stages must be at least 2, not {tile.stages}"
     shared = sm90_moe_shared_bytes(tile)
     return None if shared <= device.shared_bytes else f"{shared} bytes of shared memory, not {device.shared_bytes}"
+
+
+def _few_limit(tile: Sm90MoeTile, problem: Problem) -> str | None:
+    if tile.block_m != 1 or tile.parts not in (4, 8):
+        return f"parts must be 4 or 8 and are for blocks of 1: parts={tile.parts}, block_m={tile.block_m}"
+    tiles = max(2 * cdiv(cdiv(problem.k, TILE), tile.parts), cdiv(problem.n // 2, TILE))
+    if tiles > MOST_TILES_AT_ONCE:
+        return f"a thread asks for words of {tiles} tiles at its start, at most {MOST_TILES_AT_ONCE}"
+    return None
 
 
 def sm90_moe_shared_bytes(tile: Sm90MoeTile) -> int:

@@ -1,0 +1,309 @@
+"""sm90_moe_few: an expert layer for a few tokens on Hopper, every slot (a token's expert) in programs of its own.
+
+A program computes 16 rows of the output, or 16 gate and 16 up rows, and each of its warps a part: of K (gemm1), or one
+of the token's experts (gemm2). All of its codes are asked for at its start, into registers. No clusters: the hardware
+crowds them, five programs on one SM while others have none. Column w of the matrix instruction is the x of warp w's
+part; what other columns hold of its rows is dropped. gemm2 starts with gemm1: memory is busy while that ends.
+"""
+
+# mypy: disable-error-code="assignment, misc, var-annotated, unreachable"
+
+from __future__ import annotations
+
+import math
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from ..compat import copy_to_shared, workgroup_barrier
+from ..layouts import PackedWeight
+from ..layouts.sm90 import TILE, TILE_WORDS
+from ._launch import Launch
+from ._sm90 import (
+    centred,
+    groups_a_tile,
+    let_the_next_kernel_start,
+    operand,
+    row_offsets,
+    rows_layout,
+    wait_for_the_kernel_before,
+    words_layout,
+    zero_lanes,
+)
+from ._sm90_moe_consumer import activated
+from ._sm90_stream import beside_sums, halves, put
+from ._token_sums import placed_sums
+
+MOST_PARTS = 8  # columns of the matrix instruction
+COLUMNS = gl.constexpr(MOST_PARTS)
+
+
+@gluon.constexpr_function
+def _chunk(group, tiles):
+    """Tiles in a row that share their scales, wherever a part begins."""
+    return math.gcd(max(group // 64, 1), tiles)
+
+
+@gluon.jit
+def _warps_of_rows(WARPS: gl.constexpr, GROUPS: gl.constexpr):
+    """The warp of each of `row_offsets`."""
+    layout: gl.constexpr = rows_layout(WARPS, GROUPS)
+    w = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout))))
+    return gl.expand_dims(gl.expand_dims(gl.expand_dims(w, 1), 2), 3)
+
+
+@gluon.jit
+def _expert_of(expert_ptr, slot, part, SUMMED: gl.constexpr, TOP_K: gl.constexpr):
+    """The expert of each part; -1 past the slots of a token."""
+    if SUMMED:
+        expert = gl.load(expert_ptr + slot * TOP_K + part, mask=part < TOP_K, other=-1)
+    else:
+        expert = gl.load(expert_ptr + slot)
+    return expert.to(gl.int64)
+
+
+@gluon.jit
+def _sm90_moe_few(
+    out_ptr,  # [slots, N or N/2]; SUMMED: [tokens, N]
+    x_ptr,  # [slots / TOP_K, K]; EARLY: [slots, K]
+    codes_ptr,  # [E, N/64, K/64 * 512] int32, layout SM90
+    scales_ptr,  # [E, K/G, N_PADDED]
+    zeros_ptr,  # [E, K/G, N_PADDED] uint8, or None: every zero point is 8
+    shares_ptr,  # [slots], or None: what multiplies a row
+    expert_ptr,  # [slots]: none of 0 to E - 1: no work
+    N,
+    K,
+    out_stride,
+    x_stride,
+    codes_expert,
+    codes_stride,
+    scales_expert,
+    scales_stride,
+    EXPERTS: gl.constexpr,
+    GROUP: gl.constexpr,
+    TOP_K: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    GATED: gl.constexpr,
+    SUMMED: gl.constexpr,  # parts are a token's slots; else they are of K
+    EARLY: gl.constexpr,  # the kernel before this one writes x and not experts: codes are asked for before it ends
+    WARPS: gl.constexpr,
+    TILES: gl.constexpr,  # of 64 columns, a part
+    EVEN: gl.constexpr,  # every part has so many
+):
+    DTYPE: gl.constexpr = x_ptr.dtype.element_ty
+    STREAMS: gl.constexpr = 2 if GATED else 1
+    GROUPS: gl.constexpr = groups_a_tile(GROUP)
+    CHUNK: gl.constexpr = _chunk(GROUP, TILES)
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    b_layout: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    if not EARLY:
+        wait_for_the_kernel_before()
+        let_the_next_kernel_start()
+
+    WIDTH = N // 2 if GATED else N
+    block_n = gl.program_id(0)
+    slot = gl.program_id(1)  # SUMMED: token
+    tiles = gl.cdiv(K, 64)
+    layout: gl.constexpr = words_layout(WARPS)
+    y = gl.expand_dims(gl.arange(0, 4 * WARPS, gl.SliceLayout(1, layout)), 1)
+    word = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, layout)), 0)
+    w = _warps_of_rows(WARPS, GROUPS)
+    first = 0 if SUMMED else (y // 4) * TILES
+    first_row = 0 if SUMMED else w * TILES
+    expert = _expert_of(expert_ptr, slot, y // 4, SUMMED, TOP_K)
+    expert_row = _expert_of(expert_ptr, slot, w, SUMMED, TOP_K)
+
+    # Rows of shared memory are columns of the product: the x of every part.
+    SLAB: gl.constexpr = _chunk(512, TILES)  # tiles
+    shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    xs = ()
+    for _ in gl.static_range(TILES // SLAB):
+        xs = xs + (gl.allocate_shared_memory(DTYPE, [COLUMNS, 64 * SLAB], shared),)
+    x_layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
+    part = gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(1, x_layout)), 1)
+    k = gl.expand_dims(gl.arange(0, 64 * SLAB, gl.SliceLayout(0, x_layout)), 0)
+    if SUMMED:
+        expert_x = _expert_of(expert_ptr, slot, part, SUMMED, TOP_K)
+        has_x = (expert_x >= 0) & (expert_x < EXPERTS)
+        x_at = x_ptr + (slot * TOP_K + part).to(gl.int64) * x_stride + k
+    else:
+        has_x = part < WARPS
+        k += part * (TILES * 64)
+        x_at = x_ptr + (slot if EARLY else slot // TOP_K).to(gl.int64) * x_stride + k
+    if not EARLY:
+        for i in gl.static_range(TILES // SLAB):
+            copy_to_shared(xs[i], x_at + i * 64 * SLAB, mask=has_x & (k + i * 64 * SLAB < K))
+        async_copy.commit_group()
+
+    served = (expert >= 0) & (expert < EXPERTS)
+    served_row = (expert_row >= 0) & (expert_row < EXPERTS)
+    if SUMMED:
+        expert = gl.where(served, expert, 0)
+        expert_row = gl.where(served_row, expert_row, 0)
+    elif not served:
+        return
+
+    codes_at = (y // 4 * 0 + block_n // 4).to(gl.int64) * codes_stride + expert * codes_expert
+    codes_at = codes_ptr + (codes_at + first * 512 + block_n % 4 * 128 + y % 4 * 32) + word
+    rows_at = expert_row * scales_expert + block_n * 16 + row_offsets(WARPS, GROUPS, scales_stride) - w * 16
+    words, scales, zeros = (), (), ()
+    for c in gl.static_range(TILES // CHUNK):
+        here = served_row & (first_row + c * CHUNK < tiles)
+        group = (first_row + c * CHUNK) * 64 // GROUP
+        for s in gl.static_range(STREAMS):
+            at = rows_at + group * scales_stride + s * WIDTH
+            scales = scales + (gl.load(scales_ptr + at, mask=here, other=0.0),)
+            if zeros_ptr is not None:
+                zeros = zeros + (gl.load(zeros_ptr + at, mask=here, other=0),)
+        for i in gl.static_range(CHUNK):
+            for s in gl.static_range(STREAMS):
+                at_ptr = codes_at + (c * CHUNK + i) * 512 + s * (WIDTH // 64).to(gl.int64) * codes_stride
+                mask = served & (first + c * CHUNK + i < tiles)
+                if EVEN and not SUMMED:
+                    words = words + (gl.load(at_ptr, eviction_policy="evict_first"),)
+                else:
+                    words = words + (gl.load(at_ptr, mask=mask, eviction_policy="evict_first"),)
+
+    if EARLY:
+        wait_for_the_kernel_before()
+        let_the_next_kernel_start()
+        for i in gl.static_range(TILES // SLAB):
+            copy_to_shared(xs[i], x_at + i * 64 * SLAB, mask=has_x & (k + i * 64 * SLAB < K))
+        async_copy.commit_group()
+    async_copy.wait_group(0)
+    workgroup_barrier()
+
+    eights = gl.full([WARPS, 8, GROUPS, 2], 8, gl.int32, rows_layout(WARPS, GROUPS))
+    accs = ()
+    for _ in gl.static_range(STREAMS):
+        accs = accs + (gl.zeros([16 * WARPS, COLUMNS], gl.float32, mma),)
+    for c in gl.static_range(TILES // CHUNK):
+        parts = ()
+        for _ in gl.static_range(STREAMS):
+            parts = parts + (gl.zeros([16 * WARPS, COLUMNS], gl.float32, mma),)
+        for i in gl.static_range(CHUNK):
+            slab = xs[(c * CHUNK + i) // SLAB]
+            if GROUPS == 1:
+                x = slab.slice((c * CHUNK + i) % SLAB * 64, 64, 1).permute((1, 0)).load(b_layout)
+            else:
+                x = slab.slice((c * CHUNK + i) % SLAB * 64, 32, 1).permute((1, 0)).load(b_layout)
+                far_x = slab.slice((c * CHUNK + i) % SLAB * 64 + 32, 32, 1).permute((1, 0)).load(b_layout)
+            for s in gl.static_range(STREAMS):
+                zero = zero_lanes(eights if zeros_ptr is None else zeros[c * STREAMS + s], DTYPE)
+                pairs = centred(words[(c * CHUNK + i) * STREAMS + s], zero, DTYPE, WARPS)
+                if GROUPS == 1:
+                    parts = put(parts, s, mma_v2(operand(pairs, None, DTYPE, WARPS, a_layout), x, parts[s]))
+                else:
+                    near, far = halves(pairs, DTYPE, WARPS, a_layout)
+                    scale, far_scale = gl.split(scales[c * STREAMS + s].permute([0, 1, 3, 2]))
+                    part_sum = mma_v2(near, x, parts[s])
+                    far_sum = mma_v2(far, far_x, parts[s])
+                    acc = accs[s] + part_sum * beside_sums(scale, WARPS, mma)
+                    accs = put(accs, s, acc + far_sum * beside_sums(far_scale, WARPS, mma))
+        if GROUPS == 1:
+            for s in gl.static_range(STREAMS):
+                accs = put(accs, s, accs[s] + parts[s] * beside_sums(scales[c * STREAMS + s], WARPS, mma))
+
+    row = gl.arange(0, 16 * WARPS, gl.SliceLayout(1, mma))
+    mine = gl.expand_dims(row // 16, 1) == gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(0, mma)), 0)
+    sums = ()
+    for s in gl.static_range(STREAMS):
+        total = gl.sum(gl.where(mine, accs[s], 0.0), 1)
+        if SUMMED and shares_ptr is not None:
+            has_share = row // 16 < TOP_K
+            share = gl.load(shares_ptr + slot * TOP_K + row // 16, mask=has_share, other=0.0).to(gl.float32)
+            total = total * share
+        total = gl.sum(total.reshape([WARPS, 16]), 0)
+        if shares_ptr is not None and not SUMMED:
+            total *= gl.load(shares_ptr + slot).to(gl.float32)
+        sums = sums + (total,)
+    value = activated(sums[0], ACTIVATION)
+    if GATED:
+        value *= sums[1]
+    n = block_n * 16 + gl.arange(0, 16, value.type.layout)
+    gl.store(out_ptr + slot.to(gl.int64) * out_stride + n, value.to(out_ptr.dtype.element_ty), mask=n < WIDTH)
+
+
+def few(
+    *,
+    out: Tensor,
+    x: Tensor,
+    w13: PackedWeight,
+    w2: PackedWeight,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: str,
+    gated: bool,
+    weight_input: bool,
+    parts: int,
+) -> tuple[Launch, ...]:
+    """The launches of an expert layer for a few tokens.
+
+    parts  of K in gemm1: warps of a program, 4 or 8
+    """
+    top_k = topk_ids.shape[1]
+    ids, shares = topk_ids.contiguous(), topk_weights.contiguous()
+    hidden = out.new_empty((ids.numel(), w2.k))
+    inputs, outputs = (shares, None) if weight_input else (None, shares)
+    gemm1 = _gemm(hidden, x, w13, ids, inputs, top_k, activation, gated, False, False, parts)
+    if top_k <= MOST_PARTS:
+        warps = 4 if top_k <= 4 else 8
+        return gemm1, _gemm(out, hidden, w2, ids, outputs, top_k, None, False, True, True, warps)
+    y = out.new_empty((ids.numel(), w2.n))
+    gemm2 = _gemm(y, hidden, w2, ids, outputs, top_k, None, False, False, True, 4)
+    return gemm1, gemm2, placed_sums(out, y, ids, w2.experts)
+
+
+def _gemm(
+    out: Tensor,
+    x: Tensor,
+    weight: PackedWeight,
+    ids: Tensor,
+    shares: Tensor | None,
+    top_k: int,
+    activation: str | None,
+    gated: bool,
+    summed: bool,
+    early: bool,
+    warps: int,
+) -> Launch:
+    """summed: over the slots of a token, into out [tokens, N]; early: x has a row a slot, of the launch before."""
+    n, k = weight.n, weight.k
+    tiles = triton.cdiv(k, TILE)
+    mine = tiles if summed else triton.cdiv(tiles, warps)
+    grid = triton.cdiv(n // (2 if gated else 1), 16), ids.shape[0] if summed else ids.numel()
+    args = {
+        "out_ptr": out,
+        "x_ptr": x,
+        "codes_ptr": weight.codes,
+        "scales_ptr": weight.scales,
+        "zeros_ptr": weight.zeros,
+        "shares_ptr": shares,
+        "expert_ptr": ids,
+        "N": n,
+        "K": k,
+        "out_stride": out.stride(0),
+        "x_stride": x.stride(0),
+        "codes_expert": weight.codes.stride(0),
+        "codes_stride": tiles * TILE_WORDS,
+        "scales_expert": weight.scales.stride(0),
+        "scales_stride": weight.scales.shape[-1],
+    }
+    constants = {
+        "EXPERTS": weight.experts,
+        "GROUP": tiles * TILE if weight.group == k else weight.group,
+        "TOP_K": top_k,
+        "ACTIVATION": activation,
+        "GATED": gated,
+        "SUMMED": summed,
+        "EARLY": early,
+        "WARPS": warps,
+        "TILES": mine,
+        "EVEN": summed or mine * warps == tiles,
+    }
+    options = {"num_warps": warps, "launch_pdl": True}
+    return Launch(fn=_sm90_moe_few, grid=grid, args=args, constants=constants, options=options)

@@ -1,0 +1,81 @@
+"""sm90_moe_few without a Hopper GPU: every kind of launch compiles for it and spills nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_sm90_moe_decode import BF16, EXPERTS, FP16, HIDDEN, INTER, meta, packed
+
+from w4a16 import Problem
+from w4a16.codegen.compile import compile_launch
+from w4a16.codegen.stems import launches as planned
+from w4a16.device import known_device
+from w4a16.dispatch import choose
+from w4a16.kernels._launch import Launch
+from w4a16.kernels.sm90_moe_few import few
+from w4a16.tuning.tiles import why_illegal
+
+H100 = known_device("sm90")
+
+
+def launches(
+    tokens: int = 1,
+    top_k: int = 8,
+    group: int = 128,
+    act: torch.dtype = BF16,
+    asym: bool = False,
+    parts: int = 4,
+    activation: str = "silu",
+) -> tuple[Launch, ...]:
+    x = meta(tokens, HIDDEN, dtype=act)
+    return few(
+        out=torch.empty_like(x),
+        x=x,
+        w13=packed(2 * INTER, HIDDEN, group, act, asym),
+        w2=packed(HIDDEN, INTER, group, act, asym),
+        topk_weights=meta(tokens, top_k, dtype=torch.float32),
+        topk_ids=meta(tokens, top_k, dtype=torch.int64),
+        activation=activation,
+        gated=True,
+        weight_input=False,
+        parts=parts,
+    )
+
+
+@pytest.mark.parametrize(
+    ("group", "act", "asym", "parts"),
+    [(128, BF16, False, 4), (128, FP16, True, 8), (64, BF16, True, 4), (32, FP16, True, 4)],
+)
+def test_nothing_spills(group: int, act: torch.dtype, asym: bool, parts: int) -> None:
+    for launch in launches(group=group, act=act, asym=asym, parts=parts):
+        compiled = compile_launch(launch, H100)
+        assert compiled.spills == 0, (compiled.name, compiled.registers)
+
+
+def test_programs_of_16_rows() -> None:
+    gemm1, gemm2 = launches(tokens=2)
+    assert (gemm1.cluster, gemm1.grid) == (1, (INTER // 16, 2 * 8))
+    assert (gemm2.cluster, gemm2.grid) == (1, (HIDDEN // 16, 2))
+    assert gemm2.args["x_ptr"].shape == (16, INTER)
+    assert len(launches(tokens=2, top_k=10)) == 3
+
+
+def asked(m: int = 1, n: int = 2 * INTER, k: int = HIDDEN, **fields: int) -> Problem:
+    return Problem(m=m, n=n, k=k, group=128, **{"experts": EXPERTS, "top_k": 8, **fields})
+
+
+def test_a_few_tokens_of_a_layer_that_fits_take_it() -> None:
+    assert [choose(asked(m), H100).tile.parts for m in (1, 5, 16)] == [4, 4, 0]
+    for other in (asked(k=4096), asked(n=4096), asked(m=5, experts=16)):
+        assert choose(other, H100).tile.parts == 0
+    names = [launch.fn.__name__ for launch in planned("sm90_moe", asked(5), H100)]
+    assert names == ["_sm90_moe_few"] * 2
+
+
+def test_limits_say_what_they_want() -> None:
+    tile = choose(asked(), H100).tile
+    assert "parts must be 4 or 8" in (why_illegal("sm90_moe", replace(tile, parts=2), asked(), H100) or "")
+    assert "parts must be 4 or 8" in (why_illegal("sm90_moe", replace(tile, block_m=8), asked(), H100) or "")
+    assert "words of 32 tiles at its start" in (why_illegal("sm90_moe", tile, asked(k=4096), H100) or "")

@@ -1,0 +1,70 @@
+"""What the vLLM plugin compiles before serving: one row count for each code, in processes of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from w4a16.bench.warm import distinct
+from w4a16.device import Device, known_device
+from w4a16.plugins import _vllm_warmup as warmup
+from w4a16.problem import Problem
+
+MOST = 600
+LINEAR = Problem(m=1, n=4096, k=12288, group=128)
+EXPERTS = Problem(m=1, n=1536, k=2048, group=128, experts=128, top_k=8)
+
+
+@pytest.fixture(autouse=True)
+def nothing_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, empty in (("_wanted", {}), ("_warm", set()), ("_ahead", set())):
+        monkeypatch.setattr(warmup, name, empty)
+
+
+@pytest.mark.parametrize("kind", [warmup.Kind(LINEAR), warmup.Kind(LINEAR, True), warmup.Kind(EXPERTS)])
+def test_row_counts_find_every_code(kind: warmup.Kind) -> None:
+    device = known_device("sm90")
+    counts = warmup.row_counts(kind, MOST, device)
+    assert counts[0] == 1
+    assert counts[-1] <= MOST
+
+    def codes(rows: list[int]) -> int:
+        return len(distinct([replace(kind.problem, m=m) for m in rows], device, bias=kind.bias))
+
+    assert codes(counts) == codes(list(range(1, MOST + 1)))
+
+
+def test_each_kind_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, device = warmup.Kind(LINEAR), known_device("sm90")
+    ran: list[int] = []
+    compiled: list[str] = []
+
+    def compile_ahead(device: Device, log: object) -> None:
+        warmup._ahead.add(kind)
+        compiled.append(device.arch)
+
+    monkeypatch.setattr(warmup, "NOT_CACHED_S", -1.0)  # as if each had to be compiled
+    monkeypatch.setattr(warmup, "compile_ahead", compile_ahead)
+    warmup._wanted[kind] = MOST
+    for _ in range(2):
+        warmup.warm_up(kind, device, ran.append, lambda *_: None)
+    assert ran == warmup.row_counts(kind, MOST, device)
+    assert compiled == ["sm90"]
+
+
+@pytest.mark.parametrize(("kind", "arch"), [(warmup.Kind(LINEAR), "cpu"), (warmup.Kind(EXPERTS), "sm90")])
+def test_nothing_runs(kind: warmup.Kind, arch: str) -> None:
+    """On a CPU, which compiles nothing; and where vLLM was told not to compile ahead, so that nothing is wanted."""
+    warmup._wanted[warmup.Kind(LINEAR)] = MOST
+    warmup.warm_up(kind, known_device(arch), lambda m: pytest.fail(f"ran {m} rows"), print)
+
+
+def test_compilers_run_in_a_process_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told of a CPU, they have nothing to compile."""
+    monkeypatch.setattr(warmup, "row_counts", lambda *_: [1, 8])
+    said: list[str] = []
+    warmup._wanted |= {warmup.Kind(LINEAR): MOST, warmup.Kind(LINEAR, True): MOST}
+    warmup.compile_ahead(known_device("cpu"), lambda line, *values: said.append(line % values))
+    assert len(said) == 1
+    assert said[0].startswith("w4a16 compiled 0 kernels in")
