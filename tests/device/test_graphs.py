@@ -216,6 +216,7 @@ def test_a_copy_holds_the_bits_of_dequantising_in_torch(
 
 @pytest.mark.usefixtures("dense_first")
 def test_load_unload_reload_returns_to_the_same_free_memory() -> None:
+    """Of the whole GPU: another process on it, such as pytest's other workers, can make this fail."""
     plain = random_weight(4096, 4096, group=128, asym=True)
     left = []
     for _ in range(3):
