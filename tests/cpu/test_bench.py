@@ -43,6 +43,12 @@ def test_unknown_shapes_are_refused(names: str) -> None:
         shapes_of(names)
 
 
+def test_one_round_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--rounds", "1"])
+    assert "got 1, wanted 2 or more: one has no spread" in capsys.readouterr().err
+
+
 def test_unknown_providers_are_refused() -> None:
     with pytest.raises(BadInput, match="cublas"):
         providers_of("w4a16,marlin")

@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--act", default="bf16", help="activation dtypes, comma-separated: bf16, fp16, fp32")
     p.add_argument("--zeros", default="sym", help="sym, asym or both, comma-separated")
     p.add_argument("--device", default=this_machine().type, help="cpu, cuda, cuda:1 ...")
-    p.add_argument("--rounds", type=int, default=15, help="how often each point is timed")
+    p.add_argument("--rounds", type=_rounds, default=15, help="how often each point is timed, 2 or more")
     p.add_argument(
         "--wait",
         action="store_true",
@@ -57,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
     for name in ("csv", "json", "markdown", "png"):
         p.add_argument(f"--{name}", type=Path, help="also write this file")
     return p
+
+
+def _rounds(given: str) -> int:
+    if int(given) < 2:
+        raise argparse.ArgumentTypeError(f"got {given}, wanted 2 or more: one has no spread")
+    return int(given)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
