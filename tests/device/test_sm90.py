@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import assert_close, random_weight
+from streams import on_4_streams
 
 from w4a16 import linear, pack, record
 from w4a16.device import current_device
@@ -128,13 +129,6 @@ def test_the_same_bits_100_times_on_4_streams(m: int) -> None:
     weight = random_weight(1024, 4096, group=128, asym=True)
     packed, x = pack(weight, device="cuda"), torch.randn(m, 4096).bfloat16().cuda()
     wanted = linear(x, packed)
-    streams = [torch.cuda.Stream() for _ in range(4)]
-    torch.cuda.synchronize()
-    got = []
-    for _ in range(25):
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                got.append(linear(x, packed))
-    torch.cuda.synchronize()
+    got = on_4_streams(lambda: linear(x, packed))
     assert_close(wanted.cpu(), reference_linear(x.cpu(), weight))
     assert all(torch.equal(again, wanted) for again in got)

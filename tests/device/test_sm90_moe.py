@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_close, random_weight
+from streams import on_4_streams
 
 from w4a16 import QuantizedWeight, moe, pack_experts, record
 from w4a16.device import current_device
 from w4a16.kernels.sm90_moe import sm90_moe
-from w4a16.layouts import SM90, PackedWeight
+from w4a16.layouts import SM90
 from w4a16.layouts import pack as pack_as
 from w4a16.nn import W4A16Experts
 from w4a16.reference import ACTIVATIONS, reference_moe
@@ -170,23 +171,10 @@ def test_the_module_and_expert_maps() -> None:
     assert_close(got.cpu(), reference_moe(x, *plain, share, local[spread]))
 
 
-def repeated(
-    x: torch.Tensor, packed: tuple[PackedWeight, PackedWeight], share: torch.Tensor, ids: torch.Tensor
-) -> list[Any]:
-    streams = [torch.cuda.Stream() for _ in range(4)]
-    torch.cuda.synchronize()
-    found = []
-    for i in range(100):
-        with torch.cuda.stream(streams[i % 4]):
-            found.append(moe(x, *packed, share, ids))
-    torch.cuda.synchronize()
-    return found
-
-
 @pytest.mark.parametrize("tokens", [1, 20, 100, 600])
 def test_the_same_bits_100_times_on_4_streams(tokens: int) -> None:
     packed = pack_experts(*weights(16, 512, 256, 128), device="cuda")
     x, share = torch.randn(tokens, 512).bfloat16().cuda(), torch.rand(tokens, 4).cuda()
     ids = routed("zipf1", tokens, 16, 4).cuda()
     once = moe(x, *packed, share, ids)
-    assert all(torch.equal(once, other) for other in repeated(x, packed, share, ids))
+    assert all(torch.equal(once, other) for other in on_4_streams(lambda: moe(x, *packed, share, ids)))

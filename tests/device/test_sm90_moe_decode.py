@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_close, random_weight
+from streams import from_a_graph, on_4_streams
 
 from w4a16.device import current_device
 from w4a16.kernels._launch import Launch
@@ -149,17 +150,5 @@ def test_the_same_bits_on_4_streams_and_from_a_graph(block: int) -> None:
             launch.run()
         return out
 
-    wanted, got = run(), []
-    streams = [torch.cuda.Stream() for _ in range(4)]
-    torch.cuda.synchronize()
-    for _ in range(25):
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                got.append(run())
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got.append(run())
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(again, wanted) for again in got)
+    wanted = run()
+    assert all(torch.equal(again, wanted) for again in [*on_4_streams(run), from_a_graph(run)])
