@@ -2,11 +2,11 @@
 
 python benchmarks/loading.py [--format compressed-tensors] [--layers 32] [--device cuda] [--folder DIR] [--cold]
 
-Each measurement runs in a process of its own, `--repeat` times, from the page cache or with --cold from the disk; the
-best counts; what Python imports and the start of the driver are not timed. "read + copy" is what any loader has to do:
-as many threads as ours, with as much pinned memory, read the files from end to end and have each piece copied to the
-GPU while the next is read. "modules" reads, packs and keeps every layer; "transformers" is `w4a16.load`, where there is
-transformers.
+Each measurement runs in a process of its own, in turn, `--repeat` times, from the page cache or with --cold from the
+disk; the median counts; what Python imports and the start of the driver are not timed. "read + copy" is what any
+loader has to do: as many threads as ours, with as much pinned memory, read the files from end to end and have each
+piece copied to the GPU while the next is read. "modules" reads, packs and keeps every layer; "transformers" is
+`w4a16.load`, where there is transformers.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
+from statistics import median
 from threading import Thread
 
 import torch
 from torch import Tensor
 
 import w4a16
+from w4a16.api import pack_all
 from w4a16.checkpoints import FORMATS, Scheme, open_checkpoint, write_checkpoint
 from w4a16.checkpoints.pieces import PIECE_BYTES, Slot
 from w4a16.checkpoints.stream import READERS, SLOTS, Stream
@@ -125,7 +127,9 @@ def read_and_copy(folder: Path, device: torch.device) -> int:
 
 def load_modules(folder: Path, device: torch.device) -> int:
     """Every layer as W4A16Linear, every other tensor as it is."""
-    kept: list[object] = []
+    tensors: list[Tensor] = []
+    layers: list[W4A16Linear] = []
+    weights: list[QuantizedWeight] = []
     size = 0
     with open_checkpoint(folder) as checkpoint:
         dense, quantized = set(checkpoint.dense), checkpoint.quantized
@@ -134,14 +138,16 @@ def load_modules(folder: Path, device: torch.device) -> int:
         with Stream(checkpoint, [(name, device) for name in names]) as stream:
             for name in names:
                 if name in dense:
-                    kept.append(stream.tensor(name))
-                    size += kept[-1].nbytes  # type: ignore[attr-defined]
-                else:
-                    packed = w4a16.pack(stream.weight(name), device=device, act=torch.bfloat16)
-                    kept.append(W4A16Linear.of(packed))
-                    size += packed.nbytes
+                    tensors.append(stream.tensor(name))
+                    continue
+                weights.append(stream.weight(name))
+                if not stream.more:
+                    packed = pack_all(weights, device=device, act=torch.bfloat16)
+                    weights.clear()
+                    layers += [W4A16Linear.of(one) for one in packed]
+                    size += sum(one.nbytes for one in packed)
     finish(device)
-    return size
+    return size + sum(tensor.nbytes for tensor in tensors)
 
 
 def load_transformers(folder: Path, device: torch.device) -> int:
@@ -182,9 +188,7 @@ def measure(what: str, folder: Path, device: torch.device) -> dict[str, float]:
 
 def measured(what: str, folder: Path, device: torch.device) -> dict[str, float]:
     """The same in a process of its own, forked from one that has imported everything and started nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["w4a16.nn", *IMPORTS])
-    with context.Pool(1) as pool:
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
         return pool.apply(measure, (what, folder, device))
 
 
@@ -194,7 +198,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is kept, and found the next time")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--only", action="append", choices=WORK, help="beside read + copy; may be given twice")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before every run")
     args = parser.parse_args()
@@ -205,26 +209,29 @@ def main() -> None:
         files = sorted(folder.glob("*.safetensors"))
         total = sum(file.stat().st_size for file in files)
         print(f"{args.format}, {args.layers} layers, {total / 1e9:.3f} GB in {len(files)} files; {GOAL}", flush=True)
-        baseline = 0.0
-        for what in [what for what in WORK if what == "read + copy" or what in (args.only or WORK)]:
-            if what == "transformers" and find_spec("transformers") is None:
-                print("transformers  is not installed")
-                continue
-            runs = []
-            for _ in range(args.repeat):
+        works = [what for what in WORK if what == "read + copy" or what in (args.only or WORK)]
+        if "transformers" in works and find_spec("transformers") is None:
+            print("transformers  is not installed")
+            works.remove("transformers")
+        preload = ["w4a16.nn", *(IMPORTS if "transformers" in works else ())]
+        multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
+        runs: dict[str, list[dict[str, float]]] = {what: [] for what in works}
+        for _ in range(args.repeat):
+            for what in works:
                 if args.cold:
                     drop_cache(files)
-                runs.append(measured(what, folder, torch.device(args.device)))
-            best = min(runs, key=lambda run: run["seconds"])
-            line = f"{what:<13} {best['seconds']:6.2f} s, {total / best['seconds'] / 1e9:5.2f} GB/s of files"
-            if what == "read + copy":
-                baseline = best["seconds"]
-            else:
-                more = (max(run["peak"] for run in runs) - best["bytes"]) / 1e9
-                line += f", {best['seconds'] / baseline:.2f} x read + copy"
+                runs[what].append(measured(what, folder, torch.device(args.device)))
+                print(f"{what:<13} {runs[what][-1]['seconds']:6.3f} s", flush=True)
+        medians = {what: median(run["seconds"] for run in runs[what]) for what in works}
+        for what in works:
+            line = f"{what:<13} median {medians[what]:.3f} s, {total / medians[what] / 1e9:.2f} GB/s of files"
+            if what != "read + copy":
+                size = runs[what][0]["bytes"]
+                line += f", {medians[what] / medians['read + copy']:.2f} x read + copy"
                 if args.device != "cpu":
-                    line += f", resident {best['bytes'] / 1e9:.2f} GB, peak {more:+.2f} GB over it"
-            print(line, flush=True)
+                    more = (max(run["peak"] for run in runs[what]) - size) / 1e9
+                    line += f", resident {size / 1e9:.2f} GB, peak {more:+.2f} GB over it"
+            print(line)
 
 
 if __name__ == "__main__":

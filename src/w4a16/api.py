@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,10 +14,11 @@ from . import layouts
 from .device import Device, current_device
 from .dispatch import layout_for
 from .errors import BadInput, explain_mismatch
-from .layouts import EXLLAMA, SKINNY, PackedWeight
+from .layouts import EXLLAMA, SKINNY, SM90, PackedWeight
+from .layouts.sm90 import TILE, rows_sm90
 from .ops import linear_call, moe_op
 from .problem import ACT_NAMES, Problem
-from .weight import QuantizedWeight
+from .weight import QuantizedWeight, concat_rows
 
 
 def pack(
@@ -32,6 +36,26 @@ def pack(
     dtype, where = _act(weight, act), current_device(device)
     packed = layouts.pack(weight.to(device), layout=layout or layout_of(weight, where, dtype), act=dtype)
     return layouts.pad_rows(packed) if packed.layout == SKINNY and where.family == "gfx11" else packed
+
+
+def pack_all(
+    weights: Sequence[QuantizedWeight], *, device: torch.device | str = "cpu", act: torch.dtype | None = None
+) -> list[PackedWeight]:
+    """`pack` of each; on Hopper those of one K and kind at once, as a weight costs launches there more than rows."""
+    where, alike = current_device(device), defaultdict(list)
+    for at, w in enumerate(weights):
+        whole = w.n % TILE == 0 and not w.experts and w.perm is None
+        alike[(w.k, w.group, w.scales.dtype, w.has_zeros) if whole else at].append(at)
+    packed: dict[int, PackedWeight] = {}
+    for several in alike.values():
+        first = weights[several[0]]
+        if len(several) == 1 or layout_of(first, where, _act(first, act)) != SM90:
+            packed |= {at: pack(weights[at], device=device, act=act) for at in several}
+            continue
+        joined = pack(concat_rows([weights[at] for at in several]), device=device, act=act, layout=SM90)
+        ends = accumulate(weights[at].n for at in several)
+        packed |= {at: rows_sm90(joined, end - weights[at].n, end) for at, end in zip(several, ends, strict=True)}
+    return [packed[at] for at in range(len(weights))]
 
 
 def pack_experts(

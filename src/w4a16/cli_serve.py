@@ -50,20 +50,25 @@ def serve_bench(
     input_len: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 256,
     output_len: Annotated[int, typer.Option(help="Tokens generated for each.", min=1)] = 64,
     prompts: Annotated[int, typer.Option(help="Requests, or rows of the batch.", min=1)] = 32,
-    seed: Annotated[int, typer.Option(help="Of the prompts and of the engine, for both sides.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the first prompts and of the engine, for both sides.")] = 0,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="With serve: start each engine once; both must fit into the GPU's memory.")
+    ] = False,
     json_out: Annotated[Path | None, typer.Option("--json", help="Also write every run's figures here.")] = None,
 ) -> None:
     """Compare vLLM with and without w4a16 on MODEL; further options go to the engine."""
-    from .bench.serving import METRICS, OFF, ON, Load, compare, measure, run_once
+    from .bench.serving import METRICS, OFF, ON, Load, compare, measure
 
     if kind not in METRICS:
         raise BadInput(explain_mismatch("--kind", got=kind, wanted=" or ".join(METRICS), then="Name one of these."))
+    if keep and kind != "serve":
+        raise BadInput(explain_mismatch("--keep", got=f"--kind {kind}", wanted="--kind serve", then="Leave out one."))
     need_vllm()
     load = Load(
         model=model, kind=kind, input_len=input_len, output_len=output_len, prompts=prompts, seed=seed,
-        engine=tuple(context.args),
+        engine=tuple(context.args), keep=keep,
     )  # fmt: skip
-    found = measure(load, repeats, run_once)
+    found = measure(load, repeats)
     rows = compare(found, METRICS[kind])
     title = f"{model}: {prompts} x {input_len} tokens in, {output_len} out; medians of {repeats}, spread in brackets"
     table = Table("", ON, OFF, "verdict", title=title)

@@ -18,7 +18,7 @@ from triton import knobs
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
-from triton.runtime import driver
+from triton.runtime import driver, jit
 
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
@@ -110,6 +110,32 @@ def launcher(kernel: Any, cluster: int) -> Callable[..., None]:
 def build_launcher(kernel: Any) -> None:
     """Puts what launches a compiled kernel here into Triton's cache: in 3.6 C, compiled for each signature."""
     driver.active.launcher_cls(kernel.src, kernel.metadata)
+
+
+def told_registers(count: int) -> dict[str, int]:
+    """The option by which ptxas orders loads for so many registers; that of Triton 3.7 and later spills then."""
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    return {"maxnreg": count} if count and old else {}
+
+
+def settle_key(fn: Any) -> None:
+    """Computes a jit function's key in Triton's cache, the same in every process.
+
+    In 3.6 and 3.7 a caller's key takes in its callee's constants only where the callee's key is known by then, so it
+    depends on what the process compiled before, and no process finds what another compiled. Later ones do as this.
+    """
+    finder = jit.DependenciesFinder
+    update = finder._update_hash
+
+    def callee_first(self: Any, callee: Any) -> None:
+        hash(callee)
+        update(self, callee)
+
+    finder._update_hash = callee_first
+    try:
+        hash(fn)
+    finally:
+        finder._update_hash = update
 
 
 def _hook(chain: Any) -> Any:

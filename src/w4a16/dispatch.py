@@ -149,6 +149,13 @@ def launcher(stem: str) -> Callable[..., None]:
     return found
 
 
+@functools.cache
+def plan_of(stem: str) -> Callable[..., Any] | None:
+    """A kernel's launches as data, where it has any."""
+    plan: Callable[..., Any] | None = getattr(importlib.import_module(f".kernels.{stem}", __package__), "plan", None)
+    return plan
+
+
 @dataclass(frozen=True, kw_only=True)
 class Served:
     """What one call needs of dispatch: who serves it, with which tile. plan: its launches as data, where it has any."""
@@ -176,8 +183,7 @@ def serve_linear(
     problem = Problem(m=m, n=n, k=k, group=group, act=ACT_NAMES[act], has_zeros=has_zeros, resident=resident)
     choice = choose(problem, current_device(where), layout)
     stem, launch = choice.row.stem, launcher(choice.row.stem)
-    plan = getattr(importlib.import_module(f".kernels.{stem}", __package__), "plan", None)
-    return Served(problem=problem, stem=stem, launch=launch, tile=choice.tile, plan=plan)
+    return Served(problem=problem, stem=stem, launch=launch, tile=choice.tile, plan=plan_of(stem))
 
 
 _record: ContextVar[list[tuple[str, Problem]] | None] = ContextVar("w4a16_record", default=None)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .device import current_device
-from .dispatch import Served, choose, launcher, note, serve_linear
+from .dispatch import Served, choose, launcher, note, plan_of, serve_linear
 from .errors import BadInput, explain_mismatch
 from .layouts import PackedWeight
 from .moe.activations import ACTIVATIONS
@@ -102,9 +102,15 @@ def _linear(
     return out
 
 
+Again = Callable[..., None]
+Fixed = tuple[Tensor | None, ...]
+
 # Calls that were made before, by all that decides what they launch. Weights are known by their addresses: another
 # weight at the same addresses, of the same sizes, is launched alike.
-_repeats: dict[Any, tuple[Callable[[Tensor, Tensor], None], Served]] = {}
+_repeats: dict[Any, tuple[Again, Served]] = {}
+# What layers alike share at one row count, by all that decides it but the weight's addresses: a plan takes 0.3 ms of
+# the host, and a server meets a new row count at most of its prefill steps.
+_plans: dict[Any, Callable[[Fixed], Again]] = {}
 _MOST_REPEATS = 1 << 14
 
 
@@ -150,18 +156,41 @@ def _first(
     bias: Tensor | None,
     tile: object,
 ) -> None:
-    """Plans and launches, and remembers how for calls like this one."""
+    """Plans and launches, or launches as for a layer alike, and remembers how for calls like this one."""
     from .kernels._launch import repeat
 
     assert served.plan is not None
-    launches = served.plan(out=out, x=x, weight=weight, bias=bias, tile=tile)
-    for launch in launches:
-        launch.run()
-    again = repeat(launches, out=out, x=x, fixed=(weight.codes, weight.scales, weight.zeros, bias))
-    if again is not None:
-        if len(_repeats) >= _MOST_REPEATS:
-            _repeats.clear()
-        _repeats[call] = again, served
+    fixed = (weight.codes, weight.scales, weight.zeros, bias)
+    sizes = (weight.n, weight.k, weight.group, weight.dense is None)
+    alike = (served.stem, tile, sizes, x.device, *map(_form, (x, *fixed)))
+    bind = _plans.get(alike)
+    if bind is None:
+        launches = served.plan(out=out, x=x, weight=weight, bias=bias, tile=tile)
+        for launch in launches:
+            launch.run()
+        bind = repeat(launches, given=(out, x), fixed=fixed)
+        if bind is None:
+            return
+        _remember(_plans, alike, bind)
+        again = bind(fixed)
+    else:
+        again = bind(fixed)
+        again(out, x)
+    _remember(_repeats, call, (again, served))
+
+
+def _form(tensor: Tensor | None) -> object:
+    """What a plan reads of a tensor, and Triton specialises on."""
+    if tensor is None:
+        return None
+    near = tensor.untyped_storage().nbytes() < 1 << 31
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 32, near
+
+
+def _remember(memory: dict[Any, Any], key: object, value: object) -> None:
+    if len(memory) >= _MOST_REPEATS:
+        memory.clear()
+    memory[key] = value
 
 
 def _moe(
@@ -213,23 +242,48 @@ def _moe(
     choice = choose(problem, current_device(x.device), layout)
     note(choice.row.stem, problem)
     launch = launcher(choice.row.stem)
+    arguments: dict[str, Any] = {
+        "out": out,
+        "x": x,
+        "w13": w13,
+        "w2": w2,
+        "topk_weights": topk_weights,
+        "topk_ids": topk_ids,
+        "activation": activation,
+        "gated": gated,
+        "weight_input": weight_input,
+        "linear": _expert_linear,
+        "tile": choice.tile,
+    }
     if scopes.enabled:
         facts = scopes.moe_facts(topk_ids, problem, intermediate, choice.tile)
         launch = scopes.scoped(launch, choice.row.stem, problem, facts)
-    launch(
-        out=out,
-        x=x,
-        w13=w13,
-        w2=w2,
-        topk_weights=topk_weights,
-        topk_ids=topk_ids,
-        activation=activation,
-        gated=gated,
-        weight_input=weight_input,
-        linear=_expert_linear,
-        tile=choice.tile,
-    )
+    elif x.is_cuda and perm13 is None and perm2 is None and (plan := plan_of(choice.row.stem)) is not None:
+        launch = functools.partial(_experts, choice.row.stem, plan)
+    launch(**arguments)
     return out
+
+
+def _experts(stem: str, plan: Callable[..., Any], **arguments: Any) -> None:
+    """Launches an expert layer as one alike was at these sizes, or plans it."""
+    from .kernels._launch import repeat
+
+    w13, w2 = arguments["w13"], arguments["w2"]
+    given = tuple(arguments[name] for name in ("out", "x", "topk_weights", "topk_ids"))
+    fixed = (w13.codes, w13.scales, w13.zeros, w2.codes, w2.scales, w2.zeros)
+    asked = tuple(arguments[name] for name in ("tile", "activation", "gated", "weight_input"))
+    sizes = (w13.n, w13.k, w13.group, w2.n, w2.k, w2.group)
+    alike = (stem, asked, sizes, given[1].device, *map(_form, (*given[1:], *fixed)))
+    bind = _plans.get(alike)
+    if bind is not None:
+        bind(fixed)(*given)
+        return
+    launches = plan(**arguments)
+    for launch in launches:
+        launch.run()
+    bind = repeat(launches, given=given, fixed=fixed)
+    if bind is not None:
+        _remember(_plans, alike, bind)
 
 
 def _expert_linear(x: Tensor, weight: PackedWeight) -> Tensor:

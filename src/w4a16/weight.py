@@ -202,7 +202,9 @@ def concat_rows(weights: list[QuantizedWeight]) -> QuantizedWeight:
     same = all(p is None if first is None else p is not None and torch.equal(p, first) for p in others)
     if not same:
         raise Unsupported("weights with different act-order permutations cannot share one row-fused weight.")
-    joined = _join([replace(w, perm=None) for w in weights], lambda tensors: torch.cat(tensors, dim=-2))
+    joined = _join(
+        [w if w.perm is None else replace(w, perm=None) for w in weights], lambda tensors: torch.cat(tensors, dim=-2)
+    )
     return replace(joined, perm=first)
 
 

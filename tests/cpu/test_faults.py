@@ -54,14 +54,14 @@ def failing_packs(monkeypatch: pytest.MonkeyPatch, limit: int, error: type[Excep
     """Only what w4a16 allocates counts: reading and packing."""
     from w4a16.plugins import _layers
 
-    whole, mode = _layers.pack, OutOfMemoryAt(limit, error)
+    whole, mode = _layers.pack_all, OutOfMemoryAt(limit, error)
 
     def pack(*arguments: Any, **options: Any) -> Any:
         with mode:
             return whole(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_layers, "pack", pack)
+        patch.setattr(_layers, "pack_all", pack)
         yield
 
 
@@ -90,7 +90,7 @@ def test_another_error_while_loading_stays_what_it_is(tmp_path: Path, monkeypatc
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr("w4a16.plugins._layers.pack", fail)
+    monkeypatch.setattr("w4a16.plugins._layers.pack_all", fail)
     with pytest.raises(RuntimeError, match="something else"):
         w4a16.load(str(made.folder))
 

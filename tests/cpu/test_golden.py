@@ -10,6 +10,7 @@ import pytest
 
 from w4a16.bench import gate, golden
 from w4a16.bench.golden import Row, compare, merge, noisy, read, write
+from w4a16.bench.golden_table import linear_table
 from w4a16.bench.warm import compile_all, distinct
 from w4a16.device import known_device
 from w4a16.errors import NoGolden
@@ -148,3 +149,44 @@ def test_every_code_is_compiled_once() -> None:
     assert len(distinct([problem, problem], h100)) == len(distinct([problem, same], h100)) == 1
     assert len(distinct([problem, replace(problem, act="fp16"), replace(problem, has_zeros=True)], h100)) == 3
     assert compile_all([problem], known_device("cpu")) == 0
+
+
+def test_the_readme_shows_the_golden_files(tmp_path: Path) -> None:
+    """Written again, nothing changes."""
+    root = Path(__file__).parents[2]
+    copy = tmp_path / "README.md"
+    copy.write_text((root / "README.md").read_text())
+    assert gate.main(["table", "--folder", str(root / "golden"), "--product", "h100", "--readme", str(copy)]) == 0
+    assert copy.read_text() == (root / "README.md").read_text()
+
+
+def test_tables_of_golden_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of what is recorded; a case that is not has an empty cell, a product without peaks no share of a bound."""
+    kinds = ((1, "bf16", 0, 20.0), (1, "fp16", 0, 21.0), (64, "bf16", 0, 30.0), (64, "fp16", 0, 60.0))
+    o = replace(ROW, case="qwen3-8b.o")
+    rows = [replace(o, m=m, act=act, zero_point=zero, median_us=us) for m, act, zero, us in kinds]
+    write(tmp_path / "x1" / "linear.csv", rows, "a session")
+    experts = [replace(ROW, case="qwen3-30b-a3b.zipf2", m=4, zero_point=0, median_us=1234.5)]
+    write(tmp_path / "x1" / "experts.csv", experts, "a session")
+    assert gate.main(["table", "--folder", str(tmp_path), "--product", "x1"]) == 0
+    said = capsys.readouterr().out
+    assert "| qwen3-8b.o | 4096x4096 | 128 | 20 |  |  | 30 |  |  |  |\n" in said
+    assert "| qwen3-30b-a3b | zipf2 |  | 1234 |" in said
+    assert "fp16 symmetric 1.05 to 16 rows and 2.00 beyond.\n" in said
+    text = tmp_path / "text.md"
+    text.write_text("a\n<!-- golden x1 -->\nold\n<!-- end of golden x1 -->\nb\n")
+    assert gate.main(["table", "--folder", str(tmp_path), "--product", "x1", "--readme", str(text)]) == 0
+    assert text.read_text() == f"a\n<!-- golden x1 -->\n{said[:-1]}<!-- end of golden x1 -->\nb\n"
+    text.write_text("nothing")
+    assert gate.main(["table", "--folder", str(tmp_path), "--product", "x1", "--readme", str(text)]) == 1
+    assert "got no such markers" in capsys.readouterr().err
+
+
+def test_the_share_of_the_bound_is_of_the_products_peaks() -> None:
+    h100 = known_device("sm90")
+    assert h100.memory_bytes_per_s
+    half = 0.5e-6 * h100.memory_bytes_per_s  # bytes in half a microsecond
+    row = replace(ROW, case="qwen3-8b.o", m=1, zero_point=0)
+    bytes_ = 4096 * 4096 // 2 + 4096 * 32 * 2 + 2 * 8192
+    shown = linear_table([replace(row, median_us=bytes_ / half)], h100)
+    assert "(50 %)" in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from helpers import random_weight
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from w4a16 import ops
 from w4a16.device import known_device
-from w4a16.dispatch import choose
-from w4a16.kernels import sm90_decode, sm90_prefill
+from w4a16.dispatch import Served, choose
+from w4a16.kernels import sm90_decode, sm90_moe, sm90_prefill
 from w4a16.kernels._launch import Launch, repeat
 from w4a16.layouts import PackedWeight, pack
 from w4a16.problem import Problem
@@ -42,10 +44,12 @@ def test_the_arguments_are_those_of_a_plan(m: int, asym: bool, monkeypatch: pyte
     weight = pack(random_weight(512, 1024, group=128, asym=asym), layout="SM90")
     out, x, launches = planned(m, weight)
     fixed = (weight.codes, weight.scales, weight.zeros, None)
-    again = repeat(launches, out=out, x=x, fixed=fixed)
-    assert again is not None
+    bind = repeat(launches, given=(out, x), fixed=fixed)
+    assert bind is not None
+    weight = pack(random_weight(512, 1024, group=128, asym=asym), layout="SM90")  # another layer, alike
+    fixed = (weight.codes, weight.scales, weight.zeros, None)
     out, x, launches = planned(m, weight)
-    again(out, x)
+    bind(fixed)(out, x)
     addresses = {tensor.data_ptr() for tensor in (out, x, *fixed) if tensor is not None}
     for launch, (fn, grid, *args) in zip(launches, ran, strict=True):
         assert (fn, grid) == (launch.fn, launch.grid)
@@ -60,7 +64,93 @@ def test_no_weight_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     assert weight.zeros is not None
     held = [StorageWeakRef(tensor.untyped_storage()) for tensor in (weight.codes, weight.scales, weight.zeros)]
     out, x, launches = planned(17, weight)
-    again = repeat(launches, out=out, x=x, fixed=(weight.codes, weight.scales, weight.zeros, None))
+    fixed = (weight.codes, weight.scales, weight.zeros, None)
+    bind = repeat(launches, given=(out, x), fixed=fixed)
+    assert bind is not None
+    again = bind(fixed)
+    del weight, launches, fixed
     assert again is not None
-    del weight, launches
     assert all(storage.expired() for storage in held)
+
+
+def test_layers_alike_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes by address of every launch: each layer's own, from a plan of the first; zero points make another kind."""
+    ran: list[int] = []
+    plans: list[int] = []
+
+    def compiled(launch: Launch) -> Any:
+        codes = list(launch.args).index("codes_desc")
+        return lambda grid, *args: ran.append(args[codes].base.data_ptr())
+
+    monkeypatch.setattr(Launch, "compiled", compiled)
+    for name in ("_repeats", "_plans"):
+        monkeypatch.setattr(ops, name, {})
+    m, weights = 160, [pack(random_weight(512, 1024, group=128, asym=asym), layout="SM90") for asym in (0, 0, 1)]
+    for call, weight in enumerate([*weights, weights[0]]):
+        problem = Problem(m=m, n=512, k=1024, group=128, act="bf16", has_zeros=weight.has_zeros)
+        tile = replace(choose(problem, SM90, "SM90").tile, split_k=1)
+
+        def plan(**asked: Any) -> tuple[Launch, ...]:
+            plans.append(m)
+            return sm90_prefill.plan(**asked)
+
+        served = Served(problem=problem, stem="sm90_prefill", launch=sm90_prefill.sm90_prefill, tile=tile, plan=plan)
+        x, out = torch.randn(m, 1024).bfloat16(), torch.empty(m, 512).bfloat16()
+        ops._first((call,), served, out=out, x=x, weight=weight, bias=None, tile=tile)
+    assert ran == [weight.codes.data_ptr() for weight in (*weights, weights[0])]
+    assert len(plans) == 2
+
+
+def experts_asked(tokens: int) -> dict[str, Any]:
+    x = torch.randn(tokens, 256).bfloat16()
+    w13, w2 = random_weight(256, 256, group=64, experts=8), random_weight(256, 128, group=64, experts=8)
+    problem = Problem(m=tokens, n=256, k=256, group=64, act="bf16", experts=8, top_k=2)
+    return {
+        "out": torch.empty_like(x),
+        "x": x,
+        "w13": pack(w13, layout="SM90"),
+        "w2": pack(w2, layout="SM90"),
+        "topk_weights": torch.rand(tokens, 2),
+        "topk_ids": torch.rand(tokens, 8).topk(2).indices,
+        "activation": "silu",
+        "gated": True,
+        "weight_input": False,
+        "tile": choose(problem, SM90, "SM90").tile,
+    }
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 40, 700])
+def test_expert_layers_alike_share_one_plan(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arguments are those of a plan for the layer itself, but for workspaces, each of which is one everywhere."""
+    ran: list[tuple[Any, ...]] = []
+    plans: list[int] = []
+    monkeypatch.setattr(Launch, "compiled", lambda launch: lambda grid, *args: ran.append((launch.fn, grid, *args)))
+    monkeypatch.setattr(ops, "_plans", {})
+
+    def plan(**asked: Any) -> tuple[Launch, ...]:
+        plans.append(tokens)
+        return sm90_moe.plan(**asked)
+
+    for _ in range(2):
+        ran.clear()
+        asked = experts_asked(tokens)
+        ops._experts("sm90_moe", plan, **asked)
+    assert len(plans) == 1
+    tensors = (*(asked[name] for name in ("out", "x", "topk_weights", "topk_ids")), *weights_of(asked))
+    known = {tensor.data_ptr() for tensor in tensors}
+    spaces: dict[int, int] = {}
+    for launch, (fn, grid, *args) in zip(sm90_moe.plan(**asked), ran, strict=True):
+        assert (fn, grid) == (launch.fn, launch.grid)
+        for (name, wanted), got in zip((launch.args | launch.constants).items(), args, strict=True):
+            tensor = wanted.base if hasattr(wanted, "block_shape") else wanted
+            if not isinstance(tensor, torch.Tensor) or tensor.data_ptr() in known:
+                assert facts(got) == facts(wanted), name
+                continue
+            address = got.base.data_ptr() if hasattr(got, "block_shape") else got
+            assert spaces.setdefault(tensor.data_ptr(), address) == address, name
+            assert not hasattr(got, "block_shape") or facts(got)[1:] == facts(wanted)[1:], name
+    assert len(set(spaces.values())) == len(spaces)
+
+
+def weights_of(asked: dict[str, Any]) -> list[torch.Tensor]:
+    return [getattr(asked[weight], name) for weight in ("w13", "w2") for name in ("codes", "scales")]

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
 from helpers import random_weight
 
-from w4a16 import Problem, Unsupported
+from w4a16 import Problem, Unsupported, api
 from w4a16.device import known_device
 from w4a16.dispatch import choose, layout_for
 from w4a16.dispatch_table import TABLE
 from w4a16.kernels.sm90_prefill import plan
-from w4a16.layouts import SKINNY, SM90, pack, unpack
+from w4a16.layouts import SKINNY, SM90, PackedWeight, pack, unpack
 from w4a16.layouts.sm90 import TILE_WORDS
+from w4a16.tuning.sm90_decode_tiles import decode_spare_kib, decode_split, settled
 from w4a16.tuning.sm90_tiles import (
     Sm90DecodeTile,
     Sm90PrefillTile,
-    decode_split,
-    prefill_splits,
+    prefill_choices,
     sm90_shared_bytes,
     sm90_us,
 )
@@ -46,6 +47,36 @@ def test_pack_and_unpack(n: int, k: int, group: int, asym: bool) -> None:
     assert torch.equal(again.scales, weight.scales)
     assert (again.zeros is None) == (weight.zeros is None)
     assert weight.zeros is None or torch.equal(again.zeros, weight.zeros)
+
+
+@pytest.mark.parametrize("n", [64, 72])
+def test_experts_are_packed_as_each_would_be(n: int) -> None:
+    weight = random_weight(n, 128, group=64, asym=True, experts=3)
+    packed = pack(weight, layout=SM90)
+    for index in range(3):
+        assert weight.zeros is not None
+        one = replace(weight, codes=weight.codes[index], scales=weight.scales[index], zeros=weight.zeros[index])
+        assert_same(packed.expert(index), pack(one, layout=SM90))
+
+
+def test_packing_all_at_once_gives_what_packing_each_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "current_device", lambda _: H100)
+    kinds: list[dict[str, Any]] = [
+        {"n": 64, "k": 256}, {"n": 192, "k": 256}, {"n": 72, "k": 256}, {"n": 128, "k": 256, "asym": True},
+        {"n": 64, "k": 128}, {"n": 64, "k": 256, "asym": True}, {"n": 64, "k": 256, "act": torch.float16},
+        {"n": 64, "k": 256, "act_order": True}, {"n": 64, "k": 256, "experts": 2}, {"n": 128, "k": 256},
+    ]  # fmt: skip
+    weights = [random_weight(**kind, group=64) for kind in kinds]
+    for weight, packed in zip(weights, api.pack_all(weights, act=torch.bfloat16), strict=True):
+        assert_same(packed, api.pack(weight, act=torch.bfloat16))
+        assert packed.codes.untyped_storage().nbytes() == packed.codes.nbytes
+    assert api.pack_all([]) == []
+
+
+def assert_same(one: PackedWeight, other: PackedWeight) -> None:
+    for field in fields(PackedWeight):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        assert torch.equal(a, b) and a.is_contiguous() if isinstance(b, torch.Tensor) else a == b, field.name
 
 
 def test_every_code_lies_where_the_operand_of_a_thread_wants_it() -> None:
@@ -129,7 +160,20 @@ def test_k_is_split_where_tiles_are_fewer_than_sms() -> None:
     assert decode_split(Sm90DecodeTile(), problem(m=1, n=64, k=64, group=64), H100) == 1
     for n in (19456, 22016, 24576):  # one wave at three programs an SM
         assert tile_for("sm90_decode", problem(m=16, n=n), H100).split_k == 1
-    assert list(prefill_splits(TILE, problem(m=128, k=1024), H100)) == [1, 2]
+    choices = [(tile.split_k, tile.paired) for tile in prefill_choices(TILE, problem(m=128, k=1024), H100)]
+    assert choices == [(1, False), (2, False), (2, True)]
+
+
+@pytest.mark.parametrize(
+    ("n", "split", "residents", "spare"),
+    [(24576, 1, 3, 40), (28672, 1, 4, 28), (4096, 8, 5, 21), (151936, 1, 32, 0)],  # the last: many waves
+)
+def test_programs_spread_evenly_over_the_sms(n: int, split: int, residents: int, spare: int) -> None:
+    """An SM has no room for more; clusters have room for one more, as all of their programs start at once."""
+    tile = settled(Sm90DecodeTile(split_k=split), problem(m=8, n=n), H100)
+    assert (tile.split_k, tile.residents) == (split, residents)
+    assert decode_spare_kib(tile, 17408) == spare
+    assert spare == 0 or (17 + spare + 1) * residents <= 228 < (17 + spare + 1) * (residents + 1)
 
 
 def test_predicted_time_grows_by_whole_waves() -> None:
@@ -145,6 +189,8 @@ def test_predicted_time_grows_by_whole_waves() -> None:
         (Sm90DecodeTile(split_k=3), "split_k must be 1, 2, 4 or 8"),
         (Sm90DecodeTile(split_k=1, warps=2), "warps must be 4"),
         (Sm90DecodeTile(split_k=1, depth=3), "depth must be"),
+        (Sm90DecodeTile(split_k=1, parts=8), "parts must be"),
+        (Sm90DecodeTile(split_k=1, warps=16, parts=8, depth=16, slabs=3), "bytes of shared memory"),
         (Sm90DecodeTile(split_k=1, slabs=2), "ring must be 2 to slabs"),
         (Sm90DecodeTile(split_k=1, ring=1), "ring must be 2 to slabs"),
         (replace(TILE, split_k=1, block_m=48), "block_m must be"),
@@ -152,6 +198,12 @@ def test_predicted_time_grows_by_whole_waves() -> None:
         (replace(TILE, split_k=1, stages=2), "block_k must be"),
         (replace(TILE, split_k=1, stages=12), "bytes of shared memory"),
         (replace(TILE, split_k=1, warpgroups=1, in_turn=True), "in_turn needs"),
+        (replace(TILE, split_k=1, stages=7), "block_k must be"),
+        (replace(TILE, split_k=4, paired=True), "paired needs two parts of K, not 4"),
+        (
+            replace(TILE, split_k=2, block_m=8, paired=True),
+            "paired needs a block_m of two powers of two at most, 16 or more, not 8 of 2",
+        ),
     ],
 )
 def test_limits_say_what_they_want(tile: Sm90DecodeTile | Sm90PrefillTile, sentence: str) -> None:
@@ -178,14 +230,40 @@ def test_a_group_that_is_all_of_k_has_one_row_of_scales() -> None:
         assert (launch.constants["GROUP"] == 32) == (rows == 2)
 
 
-@pytest.mark.parametrize(("block_m", "main", "box"), [(16, 16, 8), (96, 64, 16), (160, 128, 32), (192, 128, 32)])
-def test_blocks_that_are_no_power_of_two_are_two_products(block_m: int, main: int, box: int) -> None:
-    """Of one operand; x is copied in boxes of the first, and the rest in boxes that divide both."""
-    weight = pack(random_weight(64, 128, group=128), layout=SM90)
-    x, out = torch.empty((500, 128), dtype=torch.bfloat16), torch.empty((500, 64), dtype=torch.bfloat16)
-    (launch,) = plan(out=out, x=x, weight=weight, bias=None, tile=replace(TILE, split_k=1, block_m=block_m))
-    assert launch.args["x_desc"].block_shape == launch.args["out_desc"].block_shape == [main, 64]
+@pytest.mark.parametrize(
+    ("block_m", "rows", "box"),
+    [
+        (16, (16, 0, 0), 8),
+        (96, (64, 32, 0), 16),
+        (144, (128, 16, 0), 16),
+        (160, (128, 32, 0), 32),
+        (208, (128, 64, 16), 16),
+    ],
+)
+@pytest.mark.parametrize("paired", [False, True])
+def test_blocks_that_are_no_power_of_two_are_more_products(
+    block_m: int, rows: tuple[int, ...], box: int, paired: bool
+) -> None:
+    """Of one operand; x is copied in boxes of the first, and the rest in boxes that divide all of them."""
+    weight = pack(random_weight(64, 256, group=128), layout=SM90)
+    x, out = torch.empty((500, 256), dtype=torch.bfloat16), torch.empty((500, 64), dtype=torch.bfloat16)
+    tile = replace(TILE, split_k=2 if paired else 1, paired=paired, block_m=block_m)
+    (launch,) = plan(out=out, x=x, weight=weight, bias=None, tile=tile)
+    assert sum(rows) == block_m
+    for name, height in zip(("x_desc", "second_x_desc", "third_x_desc"), rows, strict=True):
+        assert (launch.args[name] and launch.args[name].block_shape) == ([height, 64] if height else None)
     assert launch.args["box_desc"].block_shape == [box, 64]
-    rest = launch.args["rest_desc"]
-    assert (rest and rest.block_shape) == ([block_m - main, 64] if block_m > main else None)
-    assert (block_m - main) % box == 0
+    assert all(height % box == 0 for height in rows)
+    stored = [height // 2 if paired else height for height in rows]  # each of a pair has half of the columns
+    for name, height in zip(("out_desc", "second_out_desc", "third_out_desc"), stored, strict=True):
+        assert (launch.args[name] and launch.args[name].block_shape) == ([height, 64] if height else None)
+
+
+def test_two_programs_of_a_cluster_share_a_block() -> None:
+    weight = pack(random_weight(200, 512, group=128), layout=SM90)
+    x, out = torch.empty((300, 512), dtype=torch.bfloat16), torch.empty((300, 200), dtype=torch.bfloat16)
+    bias = torch.empty(200, dtype=torch.bfloat16)
+    (launch,) = plan(out=out, x=x, weight=weight, bias=bias, tile=replace(TILE, split_k=2, paired=True))
+    assert (launch.grid, launch.cluster) == ((3 * 2,), 2)
+    assert launch.args["bias_ptr"] is bias
+    assert launch.args["parts_ptr"].shape == (12, 128, 64)  # each gives the other half of its columns

@@ -17,7 +17,7 @@ from w4a16.device import known_device
 from w4a16.dispatch import choose, layout_for
 from w4a16.dispatch_table import TABLE
 from w4a16.kernels._sm90_moe_producer import WARPGROUPS
-from w4a16.kernels.sm90_moe import REGISTERS, plan
+from w4a16.kernels.sm90_moe import plan, registers
 from w4a16.layouts import SKINNY, SM90, pack
 from w4a16.moe.route import most_blocks
 from w4a16.nn import W4A16Experts
@@ -49,11 +49,17 @@ def test_nothing_spills_and_no_wgmma_is_serialised(asked: Problem) -> None:
         assert compiled.shared_bytes <= sm90_moe_shared_bytes(tile) <= H100.shared_bytes
 
 
-def test_registers_are_all_that_an_sm_has() -> None:
-    for block, (consumer, producer) in REGISTERS.items():
-        assert block in WIDE
-        assert 128 * (consumer * WARPGROUPS.value + producer) <= 65536
+@pytest.mark.parametrize(("gathers", "has_zeros"), [(True, True), (False, True), (False, False)])
+def test_registers_are_all_that_an_sm_has(gathers: bool, has_zeros: bool) -> None:
+    """Programs that share an SM start with fewer, and those are what their warpgroups then divide."""
+    for block, residents in [(block, 1) for block in WIDE] + [(32, 2)]:
+        tile = Sm90MoeTile(block_m=block, residents=residents)
+        consumer, producer, start = registers(tile, gathers, has_zeros)
+        assert 128 * (consumer * WARPGROUPS.value + producer) * residents <= 65536
         assert consumer <= 232
+        assert bool(start) == (residents > 1)
+        if start:
+            assert consumer * WARPGROUPS.value + producer == start * (WARPGROUPS.value + 1)
 
 
 def planned(act_order: bool = False, gated: bool = True, tile: Sm90MoeTile = WIDEST, tokens: int = 40) -> list[Any]:
@@ -135,6 +141,8 @@ def test_blocks_grow_with_the_load_of_an_expert() -> None:
         (replace(WIDEST, block_m=48), "block_m must be one of 1, 8, 16, 32, 64, 128, not 48"),
         (replace(WIDEST, stages=1), "stages must be at least 2, not 1"),
         (replace(WIDEST, stages=12), "bytes of shared memory"),
+        (Sm90MoeTile(block_m=32, stages=12, residents=2), "bytes of shared memory"),
+        (replace(WIDEST, residents=2), "residents must be 1, or 2 for blocks of 32, not 2 for blocks of 128"),
         (replace(WIDEST, block_m=8), "blocks of 8 slots need gemm1 and gemm2"),
         (Sm90MoeTile(block_m=8, gemm1=DECODE, gemm2=replace(DECODE, warps=3)), "warps must be 4, 8 or 16, not 3"),
     ],

@@ -62,12 +62,22 @@ def test_programs_of_16_rows() -> None:
     assert len(launches(tokens=2, top_k=10)) == 3
 
 
+@pytest.mark.parametrize(("group", "act"), [(128, BF16), (64, FP16)])
+def test_gemm2_unpacks_before_it_waits(group: int, act: torch.dtype) -> None:
+    """Of the four words of a tile each makes four registers, each less its zero point."""
+    _, gemm2 = launches(group=group, act=act)
+    before, _ = compile_launch(gemm2, H100).machine_code.split("ACQBULK")
+    assert before.count("HADD2") == 16 * gemm2.constants["READY"] > 0
+    assert launches(tokens=2, group=group, act=act)[1].constants["READY"] == 0
+    assert launches(group=32, act=act)[1].constants["READY"] == 0
+
+
 def asked(m: int = 1, n: int = 2 * INTER, k: int = HIDDEN, **fields: int) -> Problem:
     return Problem(m=m, n=n, k=k, group=128, **{"experts": EXPERTS, "top_k": 8, **fields})
 
 
 def test_a_few_tokens_of_a_layer_that_fits_take_it() -> None:
-    assert [choose(asked(m), H100).tile.parts for m in (1, 5, 16)] == [4, 4, 0]
+    assert [choose(asked(m), H100).tile.parts for m in (1, 5, 16)] == [8, 8, 0]
     for other in (asked(k=4096), asked(n=4096), asked(m=5, experts=16)):
         assert choose(other, H100).tile.parts == 0
     names = [launch.fn.__name__ for launch in planned("sm90_moe", asked(5), H100)]
@@ -78,4 +88,6 @@ def test_limits_say_what_they_want() -> None:
     tile = choose(asked(), H100).tile
     assert "parts must be 4 or 8" in (why_illegal("sm90_moe", replace(tile, parts=2), asked(), H100) or "")
     assert "parts must be 4 or 8" in (why_illegal("sm90_moe", replace(tile, block_m=8), asked(), H100) or "")
-    assert "words of 32 tiles at its start" in (why_illegal("sm90_moe", tile, asked(k=4096), H100) or "")
+    assert "words of 32 tiles at its start" in (
+        why_illegal("sm90_moe", replace(tile, parts=4), asked(k=4096), H100) or ""
+    )

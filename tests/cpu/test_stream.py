@@ -31,11 +31,12 @@ def threads() -> int:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize(("readers", "ahead"), [(0, 1), (3, 1), (3, 1 << 20)])
+@pytest.mark.parametrize(("readers", "ahead", "batch"), [(0, 1, 1), (3, 1, 1), (3, 1 << 20, 1), (3, 1 << 20, 5000)])
 def test_what_one_by_one_gives(
-    recipe: str, readers: int, ahead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, readers: int, ahead: int, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream, "AHEAD_BYTES", ahead)
+    monkeypatch.setattr(stream, "BATCH_BYTES", batch)
     made = make_checkpoint("qwen3_moe", RECIPES[recipe], tmp_path / "model")
     checkpoint = open_checkpoint(made.folder)
     (block, *_) = checkpoint.expert_prefixes
@@ -68,11 +69,13 @@ def test_another_order_is_refused(readers: int, tmp_path: Path) -> None:
         reading.weight(first)
 
 
+@pytest.mark.parametrize("batch", [1, 3000])
 def test_no_more_bytes_wait_than_may_and_large_tensors_come_in_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = opened(tmp_path)
     monkeypatch.setattr(stream, "AHEAD_BYTES", 1000)
+    monkeypatch.setattr(stream, "BATCH_BYTES", batch)
     monkeypatch.setattr(pieces, "PIECE_BYTES", 256)
     names = [*checkpoint.dense, *checkpoint.quantized]
     with Stream(checkpoint, [(name, CPU) for name in names], readers=2) as reading:
@@ -81,7 +84,7 @@ def test_no_more_bytes_wait_than_may_and_large_tensors_come_in_pieces(
                 assert torch.equal(reading.tensor(name), checkpoint.tensor(name))
             else:
                 assert same(reading.weight(name), checkpoint.weight(name))
-            waiting = [item.nbytes for item in reading._coming if item.name not in checkpoint.dense]
+            waiting = [batch.nbytes for batch in reading._coming if batch.items[0][0] not in checkpoint.dense]
             assert sum(waiting) == reading._ahead
             assert sum(waiting[:-1]) < 1000
 
@@ -96,6 +99,22 @@ def test_a_reader_that_fails_raises_where_the_weight_is_asked_for(tmp_path: Path
     ):
         reading.weight(names[0])
     assert threads() == 0
+
+
+def test_of_a_batch_the_tensor_where_the_file_ends_is_named(tmp_path: Path) -> None:
+    checkpoint = opened(tmp_path)
+    names = checkpoint.quantized
+    last = max((e for name in names for e in checkpoint.entries(name).values()), key=lambda entry: entry.start)
+    with last.file.open("r+b") as file:
+        file.truncate(last.start + 3)
+
+    def read() -> None:
+        with Stream(checkpoint, [(name, CPU) for name in names], readers=2) as reading:
+            for name in names:
+                reading.weight(name)
+
+    with pytest.raises(BadCheckpoint, match=f"{last.name} data: got 3 bytes before the file ended"):
+        read()
 
 
 def zero_scale(checkpoint: Checkpoint, module: str) -> str:

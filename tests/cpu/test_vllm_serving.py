@@ -11,7 +11,7 @@ from test_cli import invoke
 from typer.testing import CliRunner
 
 import w4a16.bench.serving as serving
-from w4a16.bench.serving import Load, Metric, compare, measure, order, run_once
+from w4a16.bench.serving import Load, Metric, compare, interleave, order, run_once
 from w4a16.cli import app
 from w4a16.errors import BadInput, Unsupported
 
@@ -20,12 +20,37 @@ SPEED = Metric(key="t", name="t", more_is_better=True)
 LOAD = Load(model="m", kind="latency", input_len=8, output_len=4, prompts=2, seed=3, engine=("--enforce-eager",))
 
 FAKE = """
-import json, os, sys
-arguments = sys.argv[1:]
-if os.environ["W4A16_VLLM"] == "0" and "--refuse" in arguments:
+import http.server, json, os, sys
+from pathlib import Path
+arguments, on = sys.argv[1:], os.environ["W4A16_VLLM"] == "1"
+
+def given(name):
+    return arguments[arguments.index(name) + 1]
+
+def note(what):
+    with open(Path(__file__).with_name("runs"), "a") as out:
+        print(what, "on" if on else "off", given("--seed"), file=out)
+
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+if not on and "--refuse" in arguments:
     sys.exit("this vLLM cannot")
-with open(arguments[arguments.index("--output-json") + 1], "w") as out:
-    json.dump({"avg_latency": 1.0 if os.environ["W4A16_VLLM"] == "1" else 2.0, "argv": arguments}, out)
+if arguments[0] == "serve":
+    note("server")
+    try:
+        http.server.HTTPServer(("127.0.0.1", int(given("--port"))), Health).serve_forever()
+    except KeyboardInterrupt:
+        sys.exit()
+note(arguments[1])
+if arguments[1] == "latency":
+    file, figures = given("--output-json"), {"avg_latency": 1.0 if on else 2.0}
+else:
+    file = Path(given("--result-dir"), given("--result-filename"))
+    figures = dict.fromkeys(["median_ttft_ms", "median_tpot_ms", "median_itl_ms", "output_throughput"], 1.0 + on)
+Path(file).write_text(json.dumps(figures | {"argv": arguments}))
 """
 
 
@@ -33,15 +58,15 @@ def test_the_order_turns() -> None:
     assert list(order(3)) == [True, False, False, True, True, False]
 
 
-def test_measure_calls_in_that_order() -> None:
-    sides: list[bool] = []
+def test_calls_in_that_order_each_repetition_with_its_own_seed() -> None:
+    calls: list[tuple[bool, int]] = []
 
     def once(load: Load, on: bool) -> dict[str, float]:
-        sides.append(on)
-        return {"t": float(len(sides))}
+        calls.append((on, load.seed))
+        return {"t": float(len(calls))}
 
-    found = measure(LOAD, 2, once)
-    assert sides == list(order(2))
+    found = interleave(LOAD, 2, once)
+    assert calls == [(True, 3), (False, 3), (False, 4), (True, 4)]
     assert [run["t"] for run in found[True]] == [1, 4]
 
 
@@ -62,12 +87,13 @@ def test_verdict(on: list[float], off: list[float], metric: Metric, verdict: str
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A vLLM that answers at once."""
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A vLLM that answers at once; the file in which it notes what it was asked."""
     script = tmp_path / "vllm.py"
     script.write_text(FAKE)
     monkeypatch.setattr(serving, "VLLM", (sys.executable, str(script)))
     monkeypatch.setattr("w4a16.cli_serve.need_vllm", lambda: None)
+    return tmp_path / "runs"
 
 
 @pytest.mark.usefixtures("fake")
@@ -92,6 +118,25 @@ def test_the_command(tmp_path: Path) -> None:
     assert "w4a16 is 2.00x better" in said
     found = json.loads(out.read_text())
     assert found["runs"] == {"w4a16": [{"avg_latency": 1.0}] * 3, "vLLM alone": [{"avg_latency": 2.0}] * 3}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_servers_start_once_or_for_each_run(keep: bool, fake: Path) -> None:
+    said = invoke("serve-bench", "m", "--repeats", 3, *["--keep"][:keep])
+    assert said.count("w4a16 is 2.00x better") == 1, "more tokens a second are better"
+    assert said.count("vLLM alone is 2.00x better") == 3
+    runs = [line.split() for line in fake.read_text().splitlines()]
+    counted = [(side, str(seed)) for seed, sides in enumerate(("on off", "off on", "on off")) for side in sides.split()]
+    assert [(on, seed) for what, on, seed in runs if what == "serve"] == [
+        *[("on", "3"), ("off", "3")][: 2 * keep],
+        *counted,
+    ]
+    assert sorted(on for what, on, _ in runs if what == "server") == sorted(["on", "off"] * (1 if keep else 3))
+
+
+def test_only_servers_are_kept() -> None:
+    with pytest.raises(BadInput, match="got --kind latency, wanted --kind serve"):
+        CliRunner().invoke(app, ["serve-bench", "m", "--kind", "latency", "--keep"], catch_exceptions=False)
 
 
 @pytest.mark.parametrize("arguments", [["serve-bench", "m", "--kind", "x"], ["serve", "m", "--engine", "x"]])

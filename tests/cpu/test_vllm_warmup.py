@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -68,3 +70,29 @@ def test_compilers_run_in_a_process_of_their_own(monkeypatch: pytest.MonkeyPatch
     warmup.compile_ahead(known_device("cpu"), lambda line, *values: said.append(line % values))
     assert len(said) == 1
     assert said[0].startswith("w4a16 compiled 0 kernels in")
+
+
+KEYS = """
+import importlib, sys
+from triton.runtime.jit import JITFunction
+from w4a16.compat import settle_key
+
+stems = ("sm90_prefill", "sm90_decode", "sm90_moe", "sm90_moe_decode", "triton_decode")
+found = {}
+for stem in stems:
+    module = importlib.import_module(f"w4a16.kernels.{stem}")
+    found |= {f"{stem}.{name}": fn for name, fn in vars(module).items() if isinstance(fn, JITFunction)}
+for name in sorted(found, reverse=sys.argv[1] == "backwards"):
+    settle_key(found[name])
+print({name: found[name].cache_key for name in sorted(found)})
+"""
+
+
+def test_keys_are_the_same_in_every_process() -> None:
+    """Whatever a process compiled before, it finds in Triton's cache what another put there."""
+
+    def keys(order: str) -> str:
+        command = [sys.executable, "-c", KEYS, order]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert keys("forwards") == keys("backwards")

@@ -36,6 +36,7 @@ from w4a16.reference import reference_linear, reference_moe
 from w4a16.tuning.sm90_moe_tiles import Sm90MoeTile
 from w4a16.tuning.sm90_tiles import Sm90DecodeTile
 from w4a16.tuning.table import rows_of, tile_for
+from w4a16.tuning.tiles import why_illegal
 
 Case = partial[None]
 NARROW = Sm90DecodeTile(warps=4, depth=4, split_k=2, slabs=3)
@@ -102,11 +103,14 @@ def cases() -> Iterator[Case]:
         if row.stem == "sm90_decode":
             one = partial(linear, "sm90_decode", SM90)
             yield partial(one, replace(tile, split_k=1), row.conditions.get("m_max", 16) - 1, 136, 1152, group, asym)
-            yield partial(one, replace(tile, split_k=4), row.conditions.get("m_max", 16), 72, 2048, group, asym)
+            yield partial(one, replace(tile, split_k=4), row.conditions.get("m_max", 16), 72, 2048, 32, True)
         if row.stem == "sm90_prefill":
             one = partial(linear, "sm90_prefill", SM90)
             yield partial(one, replace(tile, split_k=1), tile.block_m + 3, 200, 512, 128, False)
             yield partial(one, replace(tile, split_k=2), tile.block_m - 3, 72, 1024, 32, True)
+            pair = replace(tile, split_k=2, paired=True)
+            if why_illegal("sm90_prefill", pair, Problem(m=64, n=64, k=64, group=64), current_device("cuda")) is None:
+                yield partial(one, pair, tile.block_m + 3, 200, 1024, 64, True)
         if row.stem == "sm90_moe":
             yield partial(experts, "sm90_moe", SM90, tile, max(2, 2 * tile.block_m), 4, 64, False)
             yield partial(experts, "sm90_moe", SM90, tile, 301, 8, 32, True)

@@ -10,9 +10,10 @@ from helpers import random_weight
 
 import w4a16
 from w4a16 import BadCheckpoint, layouts, pack
+from w4a16.api import pack_all
 from w4a16.checkpoints import FORMATS, Scheme, open_checkpoint, pieces, write_checkpoint
 from w4a16.checkpoints.stream import Stream
-from w4a16.layouts import unpack
+from w4a16.layouts import sm90, unpack
 from w4a16.nn import W4A16Linear
 
 
@@ -74,6 +75,18 @@ def test_packing_for_hopper_gives_the_bits_of_the_cpu(
     assert torch.equal(there.codes.cpu(), here.codes)
     assert torch.equal(there.scales.cpu(), here.scales)
     assert not asym or torch.equal(there.zeros.cpu(), here.zeros)  # type: ignore[union-attr, arg-type]
+
+
+def test_packing_all_at_once_gives_the_bits_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sm90, "BLOCK_TILES", 100)
+    sizes = [(64, 256), (192, 256), (72, 256), (128, 512), (4096, 256), (64, 512)]
+    weights = [random_weight(n, k, group=128, asym=asym) for asym in (False, True) for n, k in sizes]
+    together = pack_all([weight.to("cuda") for weight in weights], device="cuda")
+    for weight, there in zip(weights, together, strict=True):
+        here = layouts.pack(weight, layout=there.layout)
+        assert torch.equal(there.codes.cpu(), here.codes)
+        assert torch.equal(there.scales.cpu(), here.scales)
+        assert here.zeros is there.zeros or torch.equal(there.zeros.cpu(), here.zeros)  # type: ignore[union-attr, arg-type]
 
 
 def test_scales_that_would_poison_are_found_when_the_stream_is_left(tmp_path: Path) -> None:

@@ -10,14 +10,15 @@ import torch
 from helpers import assert_close, random_weight
 from streams import on_4_streams
 
-from w4a16 import linear, pack, record
-from w4a16.device import current_device
+from w4a16 import Problem, linear, pack, record
+from w4a16.device import current_device, known_device
 from w4a16.dispatch import launcher
 from w4a16.layouts import SM90, PackedWeight
 from w4a16.layouts import pack as pack_as
 from w4a16.reference import reference_linear
 from w4a16.tuning.sm90_tiles import Sm90DecodeTile, Sm90PrefillTile
 from w4a16.tuning.table import rows_of
+from w4a16.tuning.tiles import why_illegal
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or current_device("cuda").arch != "sm90", reason="needs a Hopper GPU"
@@ -26,11 +27,16 @@ ACTS = [torch.bfloat16, torch.float16]
 SHAPES = [(72, 384, 32), (88, 768, 192), (200, 512, 64), (136, 1024, 128), (40, 480, 480), (264, 4112, 4112)]
 KINDS = list(itertools.product(ACTS, [False, True], SHAPES))
 PREFILL = [row.tile for row in rows_of("sm90") if row.stem == "sm90_prefill"]
+PAIRS = [
+    pair
+    for pair in (replace(tile, split_k=2, paired=True) for tile in PREFILL)
+    if why_illegal("sm90_prefill", pair, Problem(m=64, n=64, k=64, group=64), known_device("sm90")) is None
+]
 DECODE = [
-    Sm90DecodeTile(warps=warps, depth=depth, split_k=split, slabs=slabs, ring=ring)
-    for warps, depth, split, slabs, ring in [
-        *((4, 8, 1, 8, 3), (4, 8, 8, 8, 3), (8, 4, 2, 3, 3), (8, 4, 8, 3, 3), (4, 2, 4, 3, 3)),
-        *((4, 4, 1, 3, 2), (4, 16, 1, 3, 2)),
+    Sm90DecodeTile(warps=warps, parts=parts, depth=depth, split_k=split, slabs=slabs, ring=ring)
+    for warps, parts, depth, split, slabs, ring in [
+        *((4, 1, 8, 1, 8, 3), (4, 1, 8, 8, 8, 3), (8, 1, 4, 2, 3, 3), (8, 1, 4, 8, 3, 3), (4, 1, 2, 4, 3, 3)),
+        *((4, 1, 4, 1, 3, 2), (4, 1, 16, 1, 3, 2), (8, 4, 8, 1, 3, 2), (8, 2, 4, 2, 3, 2), (8, 8, 2, 2, 3, 3)),
     ]
 ]
 
@@ -85,6 +91,19 @@ def test_prefill_tiles(i: int, tile: Sm90PrefillTile) -> None:
     agree(replace(tile, split_k=1), 40 * tile.block_m, act, asym, (1032, 256, 128))
 
 
+@pytest.mark.parametrize(("i", "pair"), list(enumerate(PAIRS)))
+def test_prefill_pairs(i: int, pair: Sm90PrefillTile) -> None:
+    """Rows of one program of a pair alone, tails of both, more pairs than SMs, and an odd number of tiles of K."""
+    act, asym, _ = KINDS[5 * i % len(KINDS)]
+    for m, shape in (
+        (3, (8, 256, 128)),
+        (pair.block_m + 3, (200, 2112, 64)),
+        (2 * pair.block_m - 1, (200, 4112, 4112)),
+    ):
+        agree(pair, m, act, asym, shape)
+    agree(pair, 20 * pair.block_m, act, asym, (1032, 512, 32))
+
+
 def test_one_weight_serves_every_row_count_eager_and_captured() -> None:
     weight = random_weight(1024, 2048, group=128, asym=True)
     packed = pack(weight, device="cuda")
@@ -122,6 +141,18 @@ def test_calls_alike_take_their_own_x_and_bias() -> None:
     x = torch.randn(1024, 2).bfloat16().cuda().t()  # rows that are not contiguous are copied
     for _ in range(2):
         assert_close(linear(x, packed).cpu(), reference_linear(x.cpu(), weight))
+
+
+@pytest.mark.parametrize("m", [20, 64, 300])
+def test_pairs_on_4_streams(m: int) -> None:
+    """Clusters of launches that overlap, each with parts of its own."""
+    weight = random_weight(1024, 4096, group=128, asym=True)
+    packed, x = pack_as(weight, layout=SM90).to("cuda"), torch.randn(m, 4096).bfloat16().cuda()
+    pair = next(pair for pair in PAIRS if pair.block_m == 128)
+    wanted = call(pair, x, packed)
+    got = on_4_streams(lambda: call(pair, x, packed))
+    assert_close(wanted.cpu(), reference_linear(x.cpu(), weight))
+    assert all(torch.equal(again, wanted) for again in got)
 
 
 @pytest.mark.parametrize("m", [1, 16, 64, 300])

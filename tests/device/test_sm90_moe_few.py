@@ -30,7 +30,7 @@ def check(
     group: int = 128,
     act: torch.dtype = BF16,
     asym: bool = False,
-    parts: int = 4,
+    parts: int = 8,
     ids: torch.Tensor | None = None,
     gated: bool = True,
     activation: str = "silu",
@@ -67,13 +67,19 @@ def test_kinds(act: torch.dtype, asym: bool, group: int) -> None:
     check(3, act=act, asym=asym, group=group, sizes=(512, 256))
 
 
-def test_other_sizes() -> None:
+@pytest.mark.parametrize(("act", "asym", "group"), [(BF16, False, 128), (BF16, True, 64), (FP16, True, 32)])
+def test_more_programs_than_sms(act: torch.dtype, asym: bool, group: int) -> None:
+    check(5, act=act, asym=asym, group=group, sizes=(512, 256))
+
+
+@pytest.mark.parametrize("parts", [4, 8])
+def test_other_sizes(parts: int) -> None:
     """N and K of no whole tile, parts of K that differ, one group for all of K, groups of several parts."""
-    check(2, sizes=(208, 192), group=0)
-    check(2, sizes=(320, 64), group=64, asym=True)
-    check(2, sizes=(144, 192), group=0, gated=False)
-    check(2, sizes=(512, 256), group=256, parts=8)
-    check(1, sizes=(2048, 768), group=0)
+    check(2, sizes=(208, 192), group=0, parts=parts)
+    check(2, sizes=(320, 64), group=64, asym=True, parts=parts)
+    check(2, sizes=(144, 192), group=0, gated=False, parts=parts)
+    check(2, sizes=(512, 256), group=256, parts=parts)
+    check(1, sizes=(2048, 768), group=0, parts=parts)
 
 
 @pytest.mark.parametrize(("activation", "gated"), list(itertools.product(sorted(ACTIVATIONS), (True, False))))
@@ -96,11 +102,12 @@ def test_parts_of_k(parts: int) -> None:
     check(2, parts=parts, sizes=(1024, 256), top_k=3, group=32, asym=True, experts=4)
 
 
-def test_the_same_bits_on_4_streams_and_from_a_graph() -> None:
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_the_same_bits_on_4_streams_and_from_a_graph(tokens: int) -> None:
     sizes = (1536, 2048), (2048, 768)
     w13, w2 = (pack(random_weight(*size, group=128, experts=8), layout=SM90).to("cuda") for size in sizes)
-    x, share = torch.randn(2, 2048).bfloat16().cuda(), torch.rand(2, 8).cuda()
-    ids = torch.rand(2, 8).topk(8).indices.cuda()
+    x, share = torch.randn(tokens, 2048).bfloat16().cuda(), torch.rand(tokens, 8).cuda()
+    ids = torch.rand(tokens, 8).topk(8).indices.cuda()
     weights = {"w13": w13, "w2": w2, "topk_weights": share, "topk_ids": ids}
 
     def run() -> torch.Tensor:

@@ -19,7 +19,14 @@ def _without_dependent_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("m", "n", "block_m", "warpgroups", "split"),
-    [(70, 200, 32, 1, 2), (300, 520, 128, 2, 3), (100, 264, 96, 2, 2), (37, 72, 8, 3, 2), (513, 136, 256, 2, 4)],
+    [
+        (70, 200, 32, 1, 2),
+        (300, 520, 128, 2, 3),
+        (100, 264, 96, 2, 2),
+        (37, 72, 8, 3, 2),
+        (513, 136, 256, 2, 4),
+        (300, 72, 208, 1, 3),
+    ],
 )
 def test_the_sum_of_parts(m: int, n: int, block_m: int, warpgroups: int, split: int) -> None:
     rows = 64 * warpgroups

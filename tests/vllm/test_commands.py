@@ -89,11 +89,12 @@ def test_serve(server: str, folder: Path, oracle: Callable[..., Oracle]) -> None
     assert text == tokenizer.decode(ids[-NEW:])
 
 
-def test_serve_bench(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", [(), ("--keep",)])
+def test_serve_bench(keep: tuple[str, ...], tmp_path: Path) -> None:
     """On the dense model, which both sides serve alike; one repetition, so no verdict."""
     out = tmp_path / "figures.json"
     sizes = ["--repeats", 1, "--input-len", 16, "--output-len", 4, "--prompts", 2]
-    said = run("w4a16", "serve-bench", MODELS / DENSE, *sizes, "--json", out, *ENGINE)
+    said = run("w4a16", "serve-bench", MODELS / DENSE, *keep, *sizes, "--json", out, *ENGINE)
     assert "TTFT ms" in said
     found = json.loads(out.read_text())
     assert {row["name"] for row in found["rows"]} == {"TTFT ms", "TPOT ms", "ITL ms", "tokens/s"}

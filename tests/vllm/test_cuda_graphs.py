@@ -20,7 +20,12 @@ from w4a16.roofline.labels import Scope, parse
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and vLLM built for it")
 
 SIZES, LONG, NEW = (1, 2, 4, 8), 70, 6
-ENGINE = {"dtype": "bfloat16", "gpu_memory_utilization": 0.3, "compilation_config": {"cudagraph_capture_sizes": SIZES}}
+ENGINE = {
+    "dtype": "bfloat16",
+    "gpu_memory_utilization": 0.3,
+    "max_num_batched_tokens": 256,
+    "compilation_config": {"cudagraph_capture_sizes": SIZES},
+}
 BF16 = 0.05  # nats
 COMPILED = re.compile(r"JIT compilation during inference: (\w+)")
 KERNELS = Path(__file__).parents[2] / "src" / "w4a16"

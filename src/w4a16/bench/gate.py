@@ -1,4 +1,4 @@
-"""`w4a16 golden check` and `update`: see golden.py for the rules, command.py for why the standard library alone."""
+"""`w4a16 golden check|update|table`: see golden.py for the rules, command.py for why the standard library alone."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from pathlib import Path
 from ..device import product_name, session_facts, this_machine
 from ..errors import W4A16Error
 from ..problem import Problem
+from ..roofline.peaks import file_of, measured
 from . import golden
 from .cases import BATCHES, shapes_of
 from .expert_cases import TOKENS, expert_shapes_of
+from .golden_table import experts_table, linear_table, other_kinds, write_between
 from .warm import compile_all
 
 # Of the gfx11 suite's models, 22 layers of different sizes.
@@ -38,7 +40,7 @@ class Table:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="w4a16 golden", description="Compare this device with its recorded speed.")
-    p.add_argument("action", choices=("check", "update"))
+    p.add_argument("action", choices=("check", "update", "table"))
     p.add_argument("--folder", type=Path, default=Path("golden"), help="where the golden files are")
     p.add_argument("--reason", help="why the numbers change; update needs one")
     p.add_argument("--tables", default="linear,experts", help="the files, comma-separated")
@@ -53,12 +55,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--processes", type=int, help=f"whose medians `update` merges (default {UPDATE_PROCESSES})")
     p.add_argument("--merge", action="store_true", help="`update`: with what is kept in raw/ of other sessions, too")
     p.add_argument("--product", default=product_name(), help="the device's folder, to merge where it is not")
+    p.add_argument("--readme", type=Path, help="`table`: the file to write it to, between the product's markers")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
+        if options.action == "table":
+            return _table(options)
         tables = [_TABLES[name](options) for name in options.tables.split(",")]
         return _update(tables, options) if options.action == "update" else _check(tables, options.processes)
     except W4A16Error as error:
@@ -88,6 +93,18 @@ def _update(tables: Sequence[Table], options: argparse.Namespace) -> int:
         for row in golden.noisy(rows):
             loss = f"a loss of {row.allowed_percent:.0f} % would pass"
             print(f"noisy: {row.key} spreads {row.spread_pct} %: repair it, {loss}")
+    return 0
+
+
+def _table(options: argparse.Namespace) -> int:
+    folder, product = options.folder, options.product
+    linear, experts = (golden.read(folder / product / f"{name}.csv") for name in ("linear", "experts"))
+    device = measured(this_machine(), product, folder) if file_of(product, folder).is_file() else None
+    text = "\n".join([linear_table(linear, device), experts_table(experts), other_kinds(linear)])
+    if options.readme is None:
+        print(text)
+    else:
+        write_between(options.readme, product, text)
     return 0
 
 

@@ -1,7 +1,7 @@
-"""vLLM's own benchmarks with w4a16 and without: same seed, repetitions interleaved, a verdict only beyond the spread.
+"""vLLM's own benchmarks with w4a16 and without: same seeds, repetitions interleaved, a verdict only beyond the spread.
 
-Every repetition starts a fresh engine, the order turning each time (on off, off on, ...), so that a machine that slows
-down or speeds up over the minutes does so to both.
+The order turns each time (on off, off on, ...), so that a machine that slows down or speeds up over the minutes does so
+to both. Every repetition starts a fresh engine, or both engines stay up and take turns.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..env import with_plugin
@@ -52,7 +53,10 @@ METRICS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What is asked of the engine. `engine` are further arguments of `vllm serve` or `vllm bench latency`."""
+    """What is asked of the engine. `engine` are further arguments of `vllm serve` or `vllm bench latency`.
+
+    keep: both servers stay up for all repetitions.
+    """
 
     model: str
     kind: str
@@ -61,6 +65,7 @@ class Load:
     prompts: int
     seed: int
     engine: tuple[str, ...] = ()
+    keep: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +88,21 @@ def order(repeats: int) -> Iterator[bool]:
         yield not first
 
 
-def measure(load: Load, repeats: int, once: Callable[[Load, bool], Figures]) -> dict[bool, list[Figures]]:
+def measure(load: Load, repeats: int) -> dict[bool, list[Figures]]:
     """The figures of every run by side."""
+    if not load.keep:
+        return interleave(load, repeats, run_once)
+    with _serving(load, (True, False)) as ports:
+        for on, port in ports.items():  # not counted: an engine's first requests pay for what none after them does
+            _ask(replace(load, seed=load.seed + repeats), on, port)
+        return interleave(load, repeats, lambda load, on: _ask(load, on, ports[on]))
+
+
+def interleave(load: Load, repeats: int, once: Callable[[Load, bool], Figures]) -> dict[bool, list[Figures]]:
+    """Each repetition has a seed of its own, or a server that stays up would answer it from its prefix cache."""
     found: dict[bool, list[Figures]] = {True: [], False: []}
     for on in order(repeats):
-        found[on].append(once(load, on))
+        found[on].append(once(replace(load, seed=load.seed + len(found[on])), on))
     return found
 
 
@@ -116,16 +131,24 @@ def _row(metric: Metric, on: list[float], off: list[float]) -> Row:
 
 
 def run_once(load: Load, on: bool) -> Figures:
-    """One run of vLLM's benchmark in processes of its own; raises Unsupported with the end of the log when it fails."""
+    """One run of vLLM's benchmark on a fresh engine; raises Unsupported with the end of the log when it fails."""
+    if load.kind == "latency":
+        return _figures(lambda result: _latency(load, result), on)
+    with _serving(load, (on,)) as ports:
+        return _ask(load, on, ports[on])
+
+
+def _ask(load: Load, on: bool, port: int) -> Figures:
+    return _figures(lambda result: _bench(load, port, result), on)
+
+
+def _figures(command: Callable[[Path], list[str]], on: bool) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         result, log = Path(folder, "result.json"), Path(folder, "log")
-        if load.kind == "latency":
-            _run(_latency(load, result), on, log)
-        else:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            _serve(load, on, port, result, log)
+        with log.open("w") as out:
+            done = subprocess.run(command(result), stdout=out, stderr=out, env=with_plugin(on), check=False)
+        if done.returncode:
+            raise _failed(on, log)
         figures: Figures = json.loads(result.read_text(encoding="utf-8"))
         return figures
 
@@ -147,13 +170,29 @@ def _bench(load: Load, port: int, result: Path) -> list[str]:
     return [*VLLM, "bench", "serve", *where, *what, *sizes, *count, *into]
 
 
-def _serve(load: Load, on: bool, port: int, result: Path, log: Path) -> None:
+@contextmanager
+def _serving(load: Load, sides: Sequence[bool]) -> Iterator[dict[bool, int]]:
+    """Servers, started together; their ports by side."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        with ExitStack() as probes:  # all held until the last is known, so that no port comes twice
+            held = {on: probes.enter_context(socket.socket()) for on in sides}
+            for probe in held.values():
+                probe.bind(("127.0.0.1", 0))
+            ports: dict[bool, int] = {on: probe.getsockname()[1] for on, probe in held.items()}
+        logs = {on: Path(folder, f"log-{on}") for on in sides}
+        servers = {on: stack.enter_context(_server(load, on, ports[on], logs[on])) for on in sides}
+        for on, server in servers.items():
+            _wait(server, ports[on], on, logs[on])
+        yield ports
+
+
+@contextmanager
+def _server(load: Load, on: bool, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     command = [*VLLM, "serve", load.model, "--host", "127.0.0.1", "--port", str(port), "--seed", str(load.seed)]
     with log.open("w") as out:
         server = subprocess.Popen([*command, *load.engine], stdout=out, stderr=out, env=with_plugin(on))
         try:
-            _wait(server, port, on, log)
-            _run(_bench(load, port, result), on, log.with_name("client"))
+            yield server
         finally:
             server.send_signal(signal.SIGINT)
             try:
@@ -172,13 +211,6 @@ def _wait(server: subprocess.Popen[bytes], port: int, on: bool, log: Path) -> No
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
     raise _failed(on, log)
-
-
-def _run(command: Sequence[str], on: bool, log: Path) -> None:
-    with log.open("w") as out:
-        done = subprocess.run(command, stdout=out, stderr=out, env=with_plugin(on), check=False)
-    if done.returncode:
-        raise _failed(on, log)
 
 
 def _failed(on: bool, log: Path) -> Unsupported:

@@ -1,8 +1,10 @@
-"""An item of a stream on its way: its memory on the device, cut into pieces, and the slots that these come through."""
+"""Items of a stream on their way: memory on their device, cut into pieces, and the slots that these come through."""
 
 from __future__ import annotations
 
 import ctypes
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from queue import SimpleQueue
@@ -16,6 +18,7 @@ PIECE_BYTES = 8 << 20  # read and copied at a time
 ALIGNMENT = 512  # of tensors on a GPU, as torch's allocator aligns them
 
 
+Item = tuple[str, dict[str, Entry]]  # its name, and its tensors by suffix
 Signs = list[tuple[Entry, Tensor]]  # numbers that are NaN where the values of a stored tensor are not sound
 
 
@@ -38,18 +41,17 @@ class Fetched(Entry):
 
 @dataclass(eq=False)
 class Piece:
-    """A part of an item's memory; `parts` are stored tensors, the byte to read each from, and where that goes in it."""
+    """A part of a batch's memory; `parts` are stored tensors, the byte to read each from, and where that goes in it."""
 
     into: Tensor
     parts: list[tuple[Entry, int, slice]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
-class Coming:
-    """An item that is being read. `done` gets, for every piece, the event after which it is there, or the error."""
+class Batch:
+    """Items that are being read. `done` gets, for every piece, the event after which it is there, or the error."""
 
-    name: str
-    entries: dict[str, Entry]
+    items: deque[Item]
     copies: torch.Stream | None
     pieces: list[Piece]
     nbytes: int
@@ -74,22 +76,23 @@ class Slot:
             self.copied.synchronize()
 
 
-def begun(
-    name: str, stored: dict[str, Entry], device: torch.device, copies: torch.Stream | None, signs: Signs
-) -> Coming:
-    """An item with memory on its device, which has yet to be filled; a single tensor gets no byte more than it has."""
-    sizes = [entry.nbytes for entry in stored.values()]
+def begun(stored: Sequence[Item], device: torch.device, copies: torch.Stream | None, signs: Signs) -> Batch:
+    """Items in one memory on their device, yet to be filled; a single tensor gets no byte more than it has."""
+    sizes = [entry.nbytes for _, parts in stored for entry in parts.values()]
     starts = list(accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes[:-1]), initial=0))
     total = starts[-1] + sizes[-1]
     memory = torch.empty(total, dtype=torch.uint8, device=device)
-    entries: dict[str, Entry] = {}
     pieces = [Piece(into) for into in memory.split(PIECE_BYTES)]
-    for (suffix, entry), start, size in zip(stored.items(), starts, sizes, strict=True):
-        values = memory[start : start + size].view(DTYPES[entry.dtype]).view(entry.shape)
-        fields = entry.name, entry.file, entry.dtype, entry.shape, entry.start
-        entries[suffix] = Fetched(*fields, values, entry, signs)
+    spans = zip(starts, sizes, strict=True)
+
+    def placed(entry: Entry) -> Entry:
+        start, size = next(spans)
         for number in range(start // PIECE_BYTES, -(-(start + size) // PIECE_BYTES)):
             first = number * PIECE_BYTES
             begin, end = max(start, first), min(start + size, first + PIECE_BYTES)
             pieces[number].parts.append((entry, begin - start, slice(begin - first, end - first)))
-    return Coming(name, entries, copies, pieces, total)
+        values = memory[start : start + size].view(DTYPES[entry.dtype]).view(entry.shape)
+        return Fetched(entry.name, entry.file, entry.dtype, entry.shape, entry.start, values, entry, signs)
+
+    items = [(name, {suffix: placed(entry) for suffix, entry in parts.items()}) for name, parts in stored]
+    return Batch(deque(items), copies, pieces, total)

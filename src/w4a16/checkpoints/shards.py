@@ -15,6 +15,7 @@ import struct
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -52,7 +53,7 @@ class Entry:
     shape: tuple[int, ...]
     start: int  # byte in the file
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 

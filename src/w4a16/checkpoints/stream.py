@@ -7,6 +7,7 @@ one by one.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -20,15 +21,16 @@ from torch import Tensor
 from ..errors import BadInput, explain_mismatch
 from ..weight import QuantizedWeight
 from .base import Plan, poisoned
-from .pieces import Coming, Piece, Signs, Slot, begun
+from .pieces import Batch, Item, Piece, Signs, Slot, begun
 from .reader import Checkpoint
 from .shards import Entry, Files
 
 READERS = 4  # each copies 5 to 8 GB/s out of the page cache; with 8 that alone is faster, and the load slower
 SLOTS = 3 * READERS  # pieces in pinned memory, read or being copied; a GB of it would take 0.4 s to pin
-# Of weights that lie on the GPU before their turn, at least one module: what is read while CUDA loads the kernels that
+# Of weights that lie on the GPU before their turn, at least one batch: what is read while CUDA loads the kernels that
 # pack, 0.1 s. They take no memory that the packed ones will not take, which have as many bytes.
 AHEAD_BYTES = 960 << 20
+BATCH_BYTES = 128 << 20  # of items read, and packed, together: one costs as much Python as a layer of an 8B model
 
 
 class Stream:
@@ -52,10 +54,11 @@ class Stream:
             entries = (entry for name, device in items if device == gpu for entry in checkpoint.entries(name).values())
             with suppress(torch.OutOfMemoryError):
                 torch.empty(sum(entry.nbytes for entry in entries), dtype=torch.uint8, device=gpu)
-        self._coming: deque[Coming] = deque()
+        self._coming: deque[Batch] = deque()
+        self._there: deque[Item] = deque()  # of the batch that the last item came from
         self._ahead = 0
         self._signs: Signs = []
-        self._jobs: SimpleQueue[tuple[Coming, Piece] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[Batch, Piece] | None] = SimpleQueue()
         self._slots: SimpleQueue[Slot] = SimpleQueue()
         for _ in range(SLOTS):
             self._slots.put(Slot(bool(gpus)))
@@ -82,15 +85,16 @@ class Stream:
         for device, copies in self._copies.items():  # before the memory that they write to is given out again
             torch.accelerator.current_stream(device).wait_stream(copies)
         self._coming.clear()
+        self._there.clear()
         if error is None:
             self._settle()
 
     def _settle(self) -> None:
         for device in {sign.device for _, sign in self._signs}:
             there = [(entry, sign) for entry, sign in self._signs if sign.device == device]
-            doubted = torch.stack([sign for _, sign in there]).isnan().tolist()
-            for (entry, _), bad in zip(there, doubted, strict=True):
-                if bad:
+            numbers = torch.stack([sign for _, sign in there]).tolist()
+            for (entry, _), number in zip(there, numbers, strict=True):
+                if math.isnan(number):
                     raise poisoned(entry, entry.read())
 
     def begin(self) -> None:
@@ -98,6 +102,11 @@ class Stream:
         if self._threads:
             with suppress(torch.OutOfMemoryError):
                 self._read_ahead()
+
+    @property
+    def more(self) -> bool:
+        """Whether the next item has come with the last one: what is done to both at once waits for nothing."""
+        return bool(self._there)
 
     def plan(self, module: str) -> Plan:
         return self._checkpoint.plan(module)
@@ -107,71 +116,89 @@ class Stream:
         return self._checkpoint.weight(module, self._next(module))
 
     def tensor(self, name: str) -> Tensor:
-        """The next item, a dense tensor, on its device."""
-        return self._next(name)[""].read()
+        """The next item, a dense tensor, on its device, in memory of its own."""
+        values = self._next(name)[""].read()
+        return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
 
     def _next(self, name: str) -> dict[str, Entry]:
-        coming = self._coming[0].name if self._coming else self._items[0][0] if self._items else "the end"
+        there = self._there or (self._coming[0].items if self._coming else self._items)
+        coming = there[0][0] if there else "the end"
         if name != coming:
             then = "Ask for the items in the order they were given."
             raise BadInput(explain_mismatch(f"{self.path}: next of the stream", got=name, wanted=coming, then=then))
         if not self._threads:
             self._items.popleft()
             return self._checkpoint.entries(name)
-        self._read_ahead()
-        item = self._coming.popleft()
-        self._ahead -= self._cost(item)
-        for _ in item.pieces:
-            copied = item.done.get()
-            if isinstance(copied, BaseException):
-                raise copied
-            if copied is not None:
-                torch.accelerator.current_stream(copied.device).wait_event(copied)
-        return item.entries
+        if not self._there:
+            self._read_ahead()
+            batch = self._coming.popleft()
+            self._ahead -= self._cost(batch)
+            for _ in batch.pieces:
+                copied = batch.done.get()
+                if isinstance(copied, BaseException):
+                    raise copied
+                if copied is not None:
+                    torch.accelerator.current_stream(copied.device).wait_event(copied)
+            self._there = batch.items
+        return self._there.popleft()[1]
 
     def _read_ahead(self) -> None:
-        """Asks the threads for items until as many bytes wait as may, and for the next one in any case."""
+        """Asks the threads for batches until as many bytes wait as may, and for the next one in any case."""
         while self._items and (not self._coming or self._ahead < AHEAD_BYTES):
-            name, device = self._items[0]
+            stored, device = self._next_batch()
             try:
-                item = begun(name, self._checkpoint.entries(name), device, self._copies.get(device), self._signs)
+                batch = begun(stored, device, self._copies.get(device), self._signs)
             except torch.OutOfMemoryError:
                 if not self._coming:
                     raise
                 return  # there may be room when those have been packed
-            self._items.popleft()
-            if item.copies is not None:
+            for _ in stored:
+                self._items.popleft()
+            if batch.copies is not None:
                 # the memory may be that of a tensor which the work queued so far still reads
-                item.copies.wait_stream(torch.accelerator.current_stream(device))
-            self._coming.append(item)
-            self._ahead += self._cost(item)
-            for piece in item.pieces:
-                self._jobs.put((item, piece))
+                batch.copies.wait_stream(torch.accelerator.current_stream(device))
+            self._coming.append(batch)
+            self._ahead += self._cost(batch)
+            for piece in batch.pieces:
+                self._jobs.put((batch, piece))
 
-    def _cost(self, item: Coming) -> int:
+    def _next_batch(self) -> tuple[list[Item], torch.device]:
+        """The next items of one kind and device that BATCH_BYTES hold, at least one."""
+        (first, where), nbytes = self._items[0], 0
+        stored: list[Item] = []
+        for name, device in self._items:
+            parts = self._checkpoint.entries(name)
+            nbytes += sum(entry.nbytes for entry in parts.values())
+            alike = device == where and (name in self._dense) == (first in self._dense)
+            if stored and not (alike and nbytes <= BATCH_BYTES):
+                break
+            stored.append((name, parts))
+        return stored, where
+
+    def _cost(self, batch: Batch) -> int:
         """Its bytes of reading ahead: none for a dense tensor, which stays where it is read to."""
-        return 0 if item.name in self._dense else item.nbytes
+        return 0 if batch.items[0][0] in self._dense else batch.nbytes
 
     def _work(self) -> None:
         """What a thread does."""
         with Files() as files:
             while (job := self._jobs.get()) is not None:
-                item, piece = job
+                batch, piece = job
                 try:
-                    item.done.put(self._read(item, piece, files))
+                    batch.done.put(self._read(batch, piece, files))
                 except BaseException as error:
-                    item.done.put(error)
-                del job, item, piece  # their memory, which would wait for the next
+                    batch.done.put(error)
+                del job, batch, piece  # their memory, which would wait for the next
 
-    def _read(self, item: Coming, piece: Piece, files: Files) -> torch.Event | None:
+    def _read(self, batch: Batch, piece: Piece, files: Files) -> torch.Event | None:
         slot = self._slots.get()
         try:
             slot.wait()
             for entry, start, place in piece.parts:
                 entry.read_into(slot.view[place], start, files)
-            with item.copies or nullcontext():
+            with batch.copies or nullcontext():
                 piece.into.copy_(slot.memory[: len(piece.into)], non_blocking=True)
-                slot.copied = None if item.copies is None else item.copies.record_event()
+                slot.copied = None if batch.copies is None else batch.copies.record_event()
             return slot.copied
         finally:
             self._slots.put(slot)

@@ -16,7 +16,7 @@ from ..tuning.table import TuningRow, device_rows, row_for
 from ..tuning.tiles import TILES
 from .stems import launches
 
-ROWS = (2048, 4096, 1024, 512, 832, 576, 256, 128, 64, 32, 16, 5, 2, 1)
+ROWS = (2048, 4096, 1024, 512, 832, 576, 400, 256, 128, 96, 64, 32, 16, 5, 2, 1)
 GROUPS = (128, 64, 32, 0)  # 0: channel-wise
 ACTS = ("bf16", "fp16")
 Place = tuple[str, str, int]
@@ -112,9 +112,9 @@ def _code(case: Case, device: Device) -> tuple[Any, ...]:
     tile, act = row.tile, "bf16" if row.stem == "sm90_moe" else problem.act
     if row.stem.startswith("sm90_") and not problem.experts:
         # two parts of K stand for more, and bf16 for fp16, which differs in constants
-        tile, act = replace(tile, split_k=min(tile.split_k, 2)), "bf16"
+        tile, act = replace(tile, split_k=min(tile.split_k, 2), residents=1), "bf16"
         constants = [{**sizes, "SPLIT": min(sizes["SPLIT"], 2)} for sizes in constants]
     return row.stem, tile, act, repr(constants)
 
 
-_BY_SIZES = ("GROUP", "BLOCK_K", "UNROLL_K", "EXPERTS", "TOP_K", "TRIPS", "SLABS")
+_BY_SIZES = ("GROUP", "BLOCK_K", "UNROLL_K", "EXPERTS", "TOP_K", "TRIPS", "SLABS", "SPARE")

@@ -21,6 +21,7 @@ from triton.compiler.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
+from ..compat import settle_key
 from ..device import Device
 from ..errors import BadInput, explain_mismatch
 from ..kernels._launch import Launch
@@ -90,6 +91,7 @@ def compiled_kernel(launch: Launch, device: Device) -> Any:
     given = {"debug": False, **launch.options}
     bound, specialization, _ = bind(*launch.args.values(), **launch.constants, **given)
     options, signature, constants, attributes = fn._pack_args(backend, given, bound, specialization, None)
+    settle_key(fn)
     source = (GluonASTSource if fn.is_gluon() else ASTSource)(fn, signature, constants, attributes)
     return triton.compile(source, target=target, options=options.__dict__)
 

@@ -58,7 +58,7 @@ def addition(
     out: Tensor, parts: Tensor, bias: Tensor | None, m: int, n: int, split: int, rows: int, block_m: int
 ) -> Launch:
     """The launch of out [M, N] = the sum over `split` parts, each [rows, block_m] fp32 a unit of work, + bias."""
-    part_m = min(PART_M, block_m)
+    part_m = min(PART_M, block_m & -block_m)
     return Launch(
         fn=_add_parts,
         grid=(triton.cdiv(n, PART_N), triton.cdiv(m, part_m)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from ..compat import launcher
+from ..compat import launcher, settle_key
 from ._compiling import compiling
 
 _ON_AMD = torch.version.hip is not None
@@ -61,6 +61,7 @@ class Launch:
         launch = _compiled.get(key)
         if launch is None:
             with compiling(self.fn.__name__, "TRITON_CACHE_DIR"):
+                settle_key(self.fn)
                 kernel = self.fn.warmup(*args, **self.constants, **self.compile_options, grid=self.grid)
                 launch = _compiled[key] = launcher(kernel, self.cluster)
         return launch
@@ -88,7 +89,8 @@ def _specialised(value: Any) -> Any:
     return type(value)
 
 
-Again = Callable[[Tensor, Tensor], None]
+Again = Callable[..., None]
+Fixed = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -108,18 +110,20 @@ def _based(descriptor: Any, base: Any) -> Any:
     return other
 
 
-def repeat(launches: tuple[Launch, ...], *, out: Tensor, x: Tensor, fixed: Iterable[Tensor | None]) -> Again | None:
-    """(out, x) -> the same launches, for tensors of the same shapes, strides and alignment: no plan, no look-up.
+def repeat(launches: tuple[Launch, ...], *, given: tuple[Tensor, ...], fixed: Fixed) -> Callable[[Fixed], Again] | None:
+    """fixed -> (*given) -> the same launches for tensors of the same shapes, strides and alignment, without a plan.
 
-    fixed are the weight's tensors and the bias, held by address alone: whoever calls vouches that they are there.
-    What else the launches name is workspace, and new at every call. None where the plan copied x.
+    given are the output and what a call passes; fixed are a weight's tensors and the bias, held by address alone:
+    whoever calls vouches that they are there. What else the launches name is workspace, and new at every call.
+    None where the plan copied what was given, or names a part of its workspace.
     """
-    slots = {out.data_ptr(): 0, x.data_ptr(): 1}
-    addresses = {tensor.data_ptr() for tensor in fixed if tensor is not None}
-    spaces: list[tuple[torch.Size, torch.dtype]] = []
+    slots = {tensor.data_ptr(): slot for slot, tensor in enumerate(given)}
+    owners = {tensor.data_ptr(): j for j, tensor in enumerate(fixed) if tensor is not None}
+    spaces: list[int] = []  # bytes
     steps = []
     for launch in launches:
         values: list[Any] = [*launch.args.values(), *launch.constants.values()]
+        weights: list[tuple[int, int]] = []  # (argument, which of fixed)
         fills: list[tuple[int, int]] = []  # (argument, slot): pointers
         boxes: list[tuple[int, int]] = []  # and descriptors
         for i, value in enumerate(values):
@@ -129,25 +133,41 @@ def repeat(launches: tuple[Launch, ...], *, out: Tensor, x: Tensor, fixed: Itera
                 continue
             address = tensor.data_ptr()
             values[i] = _based(value, _At(address)) if described else address
-            if address in addresses:
+            if address in owners:
+                weights.append((i, owners[address]))
                 continue
             if address not in slots:
-                slots[address] = 2 + len(spaces)
-                spaces.append((tensor.shape, tensor.dtype))
+                if tensor.storage_offset():
+                    return None
+                slots[address] = len(slots)
+                spaces.append(tensor.untyped_storage().nbytes())
             (boxes if described else fills).append((i, slots[address]))
-        steps.append((launch.compiled(), launch.grid, values, fills, boxes))
-    if all(slot != 1 for *_, fills, boxes in steps for _, slot in (*fills, *boxes)):
-        return None  # the plan copied x
+        steps.append((launch.compiled(), launch.grid, values, weights, fills, boxes))
+    named = {slot for *_, fills, boxes in steps for _, slot in (*fills, *boxes)}
+    if not named.issuperset(range(len(given))):
+        return None
 
-    def again(out: Tensor, x: Tensor) -> None:
-        held = [out, x, *[out.new_empty(shape, dtype=dtype) for shape, dtype in spaces]]
-        pointers = [tensor.data_ptr() for tensor in held]
-        for run, grid, template, fills, boxes in steps:
-            values = template.copy()
-            for i, slot in fills:
-                values[i] = pointers[slot]
-            for i, slot in boxes:
-                values[i] = _based(values[i], held[slot])
-            run(grid, *values)
+    def bind(fixed: Fixed) -> Again:
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in fixed]
+        bound = []
+        for run, grid, values, weights, fills, boxes in steps:
+            mine = values.copy()
+            for i, j in weights:
+                described = hasattr(mine[i], "block_shape")
+                mine[i] = _based(mine[i], _At(addresses[j])) if described else addresses[j]
+            bound.append((run, grid, mine, fills, boxes))
 
-    return again
+        def again(*given: Tensor) -> None:
+            held = [*given, *[given[0].new_empty(size, dtype=torch.uint8) for size in spaces]]
+            pointers = [tensor.data_ptr() for tensor in held]
+            for run, grid, template, fills, boxes in bound:
+                values = template.copy()
+                for i, slot in fills:
+                    values[i] = pointers[slot]
+                for i, slot in boxes:
+                    values[i] = _based(values[i], held[slot])
+                run(grid, *values)
+
+        return again
+
+    return bind

@@ -195,6 +195,22 @@ def cluster_barrier():
     )
 
 
+@gluon.jit
+def arrive_at_the_cluster():
+    """Half of `cluster_barrier`, for every warp of programs whose warps part ways."""
+    gl.inline_asm_elementwise(
+        "barrier.cluster.arrive.release; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def wait_for_the_cluster():
+    """The other half: what other programs wrote to memory before they arrived is there after this."""
+    gl.inline_asm_elementwise(
+        "barrier.cluster.wait.acquire; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
 def aligned(x: Tensor, elements: int) -> Tensor:
     """x [M, K], or a copy where its rows lie no multiple of `elements` apart or its address is none of 16 bytes."""
     if x.stride(0) % elements or (not x.is_meta and x.data_ptr() % 16):

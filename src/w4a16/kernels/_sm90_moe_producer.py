@@ -87,23 +87,24 @@ def _slots_of(sorted_ptr, block, BLOCK_M: gl.constexpr):
 
 @gluon.jit
 def _rows_of(x_ptr, x_stride, slot, slots, top_k, BLOCK_M: gl.constexpr):
-    """Pointers to the first 64 columns of the rows of x that slots stand for, box by box; to any row for padding."""
+    """Pointers to the first 64 columns of the rows of x that slots stand for, and which these are, box by box."""
     k = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, _x_layout())), 0)
-    rows = ()
+    rows, theirs = (), ()
     for i in gl.static_range(BLOCK_M // BOX_ROWS):
         row = gl.minimum(slot[i], slots - 1) // top_k
-        rows = rows + (x_ptr + (gl.expand_dims(row.to(gl.int64) * x_stride, 1) + k),)
-    return rows
+        pointers = x_ptr + (gl.expand_dims(row.to(gl.int64) * x_stride, 1) + k)
+        rows = rows + (pointers,)
+        theirs = theirs + (gl.broadcast(gl.expand_dims(slot[i] < slots, 1), pointers)[0],)
+    return rows, theirs
 
 
 @gluon.jit
-def _gather(rows, xs, step, K, WHOLE: gl.constexpr):
-    """Starts copying 64 columns of some rows of x; zeros past the end of K."""
-    if WHOLE:
-        copy_to_shared(xs, rows + step * 64)
-    else:
+def _gather(rows, theirs, xs, step, K, WHOLE: gl.constexpr):
+    """Starts copying 64 columns of some rows of x; zeros for padding, which reads nothing, and past the end of K."""
+    if not WHOLE:
         k = gl.expand_dims(step * 64 + gl.arange(0, 64, gl.SliceLayout(0, _x_layout())), 0)
-        copy_to_shared(xs, rows + step * 64, mask=gl.broadcast(k < K, rows)[0])
+        theirs = theirs & (k < K)
+    copy_to_shared(xs, rows + step * 64, mask=theirs)
 
 
 @gluon.jit
@@ -173,7 +174,7 @@ def produce(
     marks = _marks_of(sorted_ptr, block, BLOCK_M)
     if GATHERS:
         early = 0
-        rows = _rows_of(x_ptr, x_stride, _slots_of(sorted_ptr, block, BLOCK_M), slots, top_k, BLOCK_M)
+        rows, theirs = _rows_of(x_ptr, x_stride, _slots_of(sorted_ptr, block, BLOCK_M), slots, top_k, BLOCK_M)
     else:
         # Neither the weight nor the route is of the kernel before: the first tiles are asked for while that still runs.
         early = gl.minimum(STAGES, steps) * (unit < units).to(gl.int32)
@@ -208,7 +209,7 @@ def produce(
             if GATHERS:
                 for i in gl.static_range(BLOCK_M // BOX_ROWS):
                     if i < boxes:
-                        _gather(rows[i], xs.index(at).slice(i * BOX_ROWS, BOX_ROWS, 0), step, K, WHOLE)
+                        _gather(rows[i], theirs[i], xs.index(at).slice(i * BOX_ROWS, BOX_ROWS, 0), step, K, WHOLE)
                 async_copy.mbarrier_arrive(full.index(at), increment_count=False)
             else:
                 _ask_x(x_desc, xs.index(at), full.index(at), block * BLOCK_M, boxes, step, BLOCK_M)
@@ -216,7 +217,7 @@ def produce(
         expert = next_expert
         marks = next_marks
         if GATHERS:
-            rows = _rows_of(x_ptr, x_stride, next_slots, slots, top_k, BLOCK_M)
+            rows, theirs = _rows_of(x_ptr, x_stride, next_slots, slots, top_k, BLOCK_M)
         unit = later
         later = latest
         block = next_block

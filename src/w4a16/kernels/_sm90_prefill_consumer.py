@@ -16,35 +16,42 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..compat import from_shared
 from ._sm90 import (
+    arrive_at_the_cluster,
     centred,
     groups_a_tile,
     of_rows,
     operand,
     scale_lanes,
     sums_layout,
+    wait_for_the_cluster,
     words_layout,
     zero_lanes,
 )
-from ._sm90_prefill_producer import main_rows, unit_of, units_of
+from ._sm90_prefill_producer import after, product_rows, rows_before, tiles_a_box, unit_of, units_of
 
 
 @gluon.jit
-def _centred(codes, scales, zeros, full, done, W: gl.constexpr, TILES: gl.constexpr, DTYPE: gl.constexpr,
-    GROUPS: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
+def _centred(codes, scales, zeros, full, slot, phase, W: gl.constexpr, TILES: gl.constexpr, GROUP: gl.constexpr,
+    DTYPE: gl.constexpr, WARPGROUPS: gl.constexpr,
 ):  # fmt: skip
-    """Codes less zero points, and scales, of the next TILES tiles of the ring."""
+    """Codes less zero points, and scales, of the tiles of the ring's next step."""
+    GROUPS: gl.constexpr = groups_a_tile(GROUP)
+    SHARED: gl.constexpr = tiles_a_box(GROUP, TILES)
+    mbarrier.wait(full.index(slot), phase)
+    at = slot * WARPGROUPS + W
     pairs, lanes = (), ()
     for i in gl.static_range(TILES):
-        slot = (done + i) % STAGES
-        mbarrier.wait(full.index(slot), (done + i) // STAGES & 1)
-        scale = of_rows(scales.index(slot * WARPGROUPS + W), GROUPS)
-        if zeros is None:
-            zero = gl.full(scale.shape, 8, gl.int32, scale.type.layout)
-        else:
-            zero = of_rows(zeros.index(slot * WARPGROUPS + W).slice(0, 64, 1), GROUPS)
-        words = codes.index(slot * WARPGROUPS + W).load(words_layout(4))
-        pairs = pairs + (centred(words, zero_lanes(zero, DTYPE), DTYPE, 4),)
-        lanes = lanes + (scale_lanes(scale),)
+        if i % SHARED == 0:
+            box = (at * TILES + i) // SHARED
+            scale = of_rows(scales.index(box), GROUPS)
+            if zeros is None:
+                zero = gl.full(scale.shape, 8, gl.int32, scale.type.layout)
+            else:
+                zero = of_rows(zeros.index(box).slice(0, 64, 1), GROUPS)
+            offset, factor = zero_lanes(zero, DTYPE), scale_lanes(scale)
+        words = codes.index(at).slice(i * 16, 16, 0).load(words_layout(4))
+        pairs = pairs + (centred(words, offset, DTYPE, 4),)
+        lanes = lanes + (factor,)
     return pairs, lanes
 
 
@@ -64,19 +71,18 @@ def _started(a, x, acc):
 
 
 @gluon.jit
-def _product(a, xs, sums, done, turns, W: gl.constexpr, TILES: gl.constexpr, WARPGROUPS: gl.constexpr,
-    STAGES: gl.constexpr, IN_TURN: gl.constexpr,
+def _product(a, xs, sums, slot, turns, turn, W: gl.constexpr, TILES: gl.constexpr, WARPGROUPS: gl.constexpr,
+    IN_TURN: gl.constexpr,
 ):  # fmt: skip
-    """Starts sums + a @ x^T over the next TILES tiles of x in the ring; in turn: once the warpgroup before has.
+    """Starts sums + a @ x^T over the tiles of x of a step; in turn: once the warpgroup before has.
 
     Free of that, two warpgroups share the matrix units, end together, and then both dequantise while those wait.
     """
     if IN_TURN:
-        mbarrier.wait(turns.index(W), (done // TILES & 1) ^ (1 if W == 0 else 0))
+        mbarrier.wait(turns.index(W), turn ^ (1 if W == 0 else 0))
     for i in gl.static_range(TILES):
-        slot = (done + i) % STAGES
         for j in gl.static_range(len(sums)):
-            sums = sums[:j] + (_started(a[i], xs[j].index(slot), sums[j]),) + sums[j + 1 :]
+            sums = sums[:j] + (_started(a[i], xs[j].index(slot * TILES + i), sums[j]),) + sums[j + 1 :]
     if IN_TURN:
         mbarrier.arrive(turns.index((W + 1) % WARPGROUPS), count=1)
     return sums
@@ -87,15 +93,11 @@ def _ended(sums):
     """The sums once all products are there."""
     if len(sums) == 1:
         sums = (warpgroup_mma_wait(0, deps=[sums[0]]),)
-    else:
+    elif len(sums) == 2:
         sums = warpgroup_mma_wait(0, deps=[sums[0], sums[1]])
+    else:
+        sums = warpgroup_mma_wait(0, deps=[sums[0], sums[1], sums[2]])
     return sums
-
-
-@gluon.jit
-def _release(empty, done, TILES: gl.constexpr, STAGES: gl.constexpr):
-    for i in gl.static_range(TILES):
-        mbarrier.arrive(empty.index((done + i) % STAGES), count=1)
 
 
 @gluon.jit
@@ -110,61 +112,127 @@ def _stored(acc, out_desc, bias_ptr, out, m, row, N):
     from_shared(out_desc, [m, row], out)
 
 
+@gluon.constexpr_function
+def _flat_layout():
+    """Of all sums of a warpgroup, 16 bytes a thread at a time."""
+    return gl.BlockedLayout([4], [32], [4], [0])
+
+
 @gluon.jit
 def _stored_part(acc, part, m, M):
-    """The sums of rows from m on, 16 bytes a thread at a time, in the order that `_add_parts` reads them."""
+    """The sums of rows from m on, in the order that `_add_parts` and `_part` read them."""
     SIZE: gl.constexpr = 64 * acc.shape[1]
-    flat: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    flat: gl.constexpr = _flat_layout()
     acc = acc.reshape([4, 2, 8, SIZE // 512, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([SIZE])
     at = gl.arange(0, SIZE, flat)
     gl.store(part + at, gl.convert_layout(acc, flat, assert_trivial=True), mask=m + at // 512 * 8 < M)
 
 
 @gluon.jit
+def _part(part, m, M, COLUMNS: gl.constexpr):
+    """What `_stored_part` stored, as a warpgroup's sums."""
+    at = gl.arange(0, 64 * COLUMNS, _flat_layout())
+    acc = gl.load(part + at, mask=m + at // 512 * 8 < M, other=0.0, cache_modifier=".cg")
+    acc = acc.reshape([COLUMNS // 8, 4, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5]).reshape([64, COLUMNS])
+    return gl.convert_layout(acc, sums_layout(COLUMNS), assert_trivial=True)
+
+
+@gluon.jit
+def _halves(acc, rank):
+    """Of the sums' columns: the half that this program of a pair adds up, and the other."""
+    COLUMNS: gl.constexpr = acc.shape[1] // 2
+    layout: gl.constexpr = sums_layout(COLUMNS)
+    first, last = gl.split(acc.reshape([64, 2, COLUMNS]).permute([0, 2, 1]))
+    first = gl.convert_layout(first, layout, assert_trivial=True)
+    last = gl.convert_layout(last, layout, assert_trivial=True)
+    return gl.where(rank == 0, first, last), gl.where(rank == 0, last, first)
+
+
+@gluon.jit
+def _here(number):
+    """An integer, computed at this place and no later: its divisions would else delay a unit's last product."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _zeros(COLUMNS: gl.constexpr):
+    layout: gl.constexpr = sums_layout(COLUMNS)
+    return gl.zeros([64, COLUMNS], gl.float32, layout)
+
+
+@gluon.jit
+def _stored_pair(
+    sums, out_descs, bias_ptr, parts_ptr, outs, unit, m, row, M, N,
+    W: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """Gives the other program of the pair its half of the columns, and starts copying its own half, added up."""
+    rank = unit % 2
+    given = parts_ptr + (unit * WARPGROUPS + W).to(gl.int64) * (32 * BLOCK_M)
+    taken = parts_ptr + ((unit + 1 - 2 * rank) * WARPGROUPS + W).to(gl.int64) * (32 * BLOCK_M)
+    kept = ()
+    for j in gl.static_range(len(sums)):
+        keep, give = _halves(sums[j], rank)
+        at = m + rows_before(BLOCK_M, j) + (1 - rank) * give.shape[1]
+        _stored_part(give, given + 32 * rows_before(BLOCK_M, j), at, M)
+        kept = kept + (keep,)
+    arrive_at_the_cluster()
+    wait_for_the_cluster()
+    for j in gl.static_range(len(sums)):
+        at = m + rows_before(BLOCK_M, j) + rank * kept[j].shape[1]
+        total = kept[j] + _part(taken + 32 * rows_before(BLOCK_M, j), at, M, kept[j].shape[1])
+        _stored(total, out_descs[j], bias_ptr, outs[j].index(W), at, row, N)
+
+
+@gluon.jit
 def consume(
     W: gl.constexpr, out_descs, bias_ptr, parts_ptr, ring, zeros, outs, sizes,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, WARPGROUPS: gl.constexpr, SPLIT: gl.constexpr,
-    STAGES: gl.constexpr, IN_TURN: gl.constexpr,
+    RING: gl.constexpr, IN_TURN: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W's 64 rows of every unit."""
     xs, codes, scales, full, empty, turns = ring
     M, N, K = sizes
     DTYPE: gl.constexpr = scales.dtype
-    GROUPS: gl.constexpr = groups_a_tile(GROUP)
     TILES: gl.constexpr = BLOCK_K // 64
-    MAIN: gl.constexpr = main_rows(BLOCK_M)
-    mma: gl.constexpr = sums_layout(MAIN)
-    a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    done = 0
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout(product_rows(BLOCK_M, 0)), 2)
+    slot, phase, turn = 0, 0, 0
     for unit in range(gl.program_id(0), units_of(M, N, BLOCK_M, WARPGROUPS, SPLIT), gl.num_programs(0)):
         block_m, block_n, first, last = unit_of(unit, M, N, K, BLOCK_M, BLOCK_K, WARPGROUPS, SPLIT)
-        row = (block_n * WARPGROUPS + W) * 64
-        sums = (gl.zeros([64, MAIN], gl.float32, mma),)
-        if BLOCK_M > MAIN:
-            sums = sums + (gl.zeros([64, BLOCK_M - MAIN], gl.float32, sums_layout(BLOCK_M - MAIN)),)
-        pairs, lanes = _centred(codes, scales, zeros, full, done, W, TILES, DTYPE, GROUPS, WARPGROUPS, STAGES)
+        row, column = _here((block_n * WARPGROUPS + W) * 64), _here(block_m * BLOCK_M)
+        sums = ()
+        for j in gl.static_range(len(xs)):
+            sums = sums + (_zeros(product_rows(BLOCK_M, j)),)
+        pairs, lanes = _centred(codes, scales, zeros, full, slot, phase, W, TILES, GROUP, DTYPE, WARPGROUPS)
         a = _operands(pairs, lanes, TILES, DTYPE, a_layout)
         for _ in range(first + TILES, last, TILES):
-            running = _product(a, xs, sums, done, turns, W, TILES, WARPGROUPS, STAGES, IN_TURN)
-            pairs, lanes = _centred(
-                codes, scales, zeros, full, done + TILES, W, TILES, DTYPE, GROUPS, WARPGROUPS, STAGES
-            )
+            running = _product(a, xs, sums, slot, turns, turn, W, TILES, WARPGROUPS, IN_TURN)
+            before = slot
+            slot, phase = after(slot, phase, 1, RING)
+            pairs, lanes = _centred(codes, scales, zeros, full, slot, phase, W, TILES, GROUP, DTYPE, WARPGROUPS)
+            # Passed at once: ptxas would else unpack these codes after the wait for the products, not beside them. With
+            # three warpgroups and many sums, that of Triton 3.9 then spills.
+            if WARPGROUPS < 3 or BLOCK_M < 160:
+                mbarrier.wait(full.index(slot), phase)
             sums = _ended(running)
-            _release(empty, done, TILES, STAGES)
+            mbarrier.arrive(empty.index(before), count=1)
             # Not before the wait: ptxas serialises wgmma whose registers are written while another runs.
             a = _operands(pairs, lanes, TILES, DTYPE, a_layout)
-            done += TILES
-        sums = _ended(_product(a, xs, sums, done, turns, W, TILES, WARPGROUPS, STAGES, IN_TURN))
-        _release(empty, done, TILES, STAGES)
-        done += TILES
-        if SPLIT == 1:
-            tma.store_wait(0)
-        for j in gl.static_range(len(sums)):
-            m = block_m * BLOCK_M + j * MAIN
+            turn ^= 1
+        sums = _ended(_product(a, xs, sums, slot, turns, turn, W, TILES, WARPGROUPS, IN_TURN))
+        mbarrier.arrive(empty.index(slot), count=1)
+        slot, phase = after(slot, phase, 1, RING)
+        turn ^= 1
+        if PAIRED:
+            _stored_pair(sums, out_descs, bias_ptr, parts_ptr, outs, unit, column, row, M, N, W, WARPGROUPS, BLOCK_M)
+        else:
             if SPLIT == 1:
-                _stored(sums[j], out_descs[j], bias_ptr, outs[j].index(W), m, row, N)
-            else:
-                part = parts_ptr + (unit * WARPGROUPS + W).to(gl.int64) * (64 * BLOCK_M) + j * (64 * MAIN)
-                _stored_part(sums[j], part, m, M)
-    if SPLIT == 1:
+                tma.store_wait(0)
+            for j in gl.static_range(len(sums)):
+                m = column + rows_before(BLOCK_M, j)
+                if SPLIT == 1:
+                    _stored(sums[j], out_descs[j], bias_ptr, outs[j].index(W), m, row, N)
+                else:
+                    part = parts_ptr + (unit * WARPGROUPS + W).to(gl.int64) * (64 * BLOCK_M)
+                    _stored_part(sums[j], part + 64 * rows_before(BLOCK_M, j), m, M)
+    if SPLIT == 1 or PAIRED:
         tma.store_wait(0)

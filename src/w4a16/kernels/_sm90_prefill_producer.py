@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..compat import to_shared
 from ._add_parts import RASTER_M
-from ._sm90 import groups_a_tile, wait_for_the_kernel_before
+from ._sm90 import arrive_at_the_cluster, groups_a_tile, wait_for_the_kernel_before
 
 
 @gluon.jit
@@ -34,93 +34,135 @@ def units_of(M, N, BLOCK_M: gl.constexpr, WARPGROUPS: gl.constexpr, SPLIT: gl.co
     return gl.cdiv(M, BLOCK_M) * gl.cdiv(N, 64 * WARPGROUPS) * SPLIT
 
 
+@gluon.constexpr_function
+def tiles_a_box(group, tiles):
+    """How many of a step's tiles share one box of scales: all, where no group ends inside of a step."""
+    return tiles if group % (64 * tiles) == 0 else 1
+
+
 @gluon.jit
 def _ask_weight(
-    codes_desc, scales_desc, zeros_desc, codes, scales, zeros, full, slot, block_n, step, steps,
-    GROUP: gl.constexpr, WARPGROUPS: gl.constexpr,
+    codes_desc, scales_desc, zeros_desc, codes, scales, zeros, full, slot, block_n, tile, tiles,
+    GROUP: gl.constexpr, TILES: gl.constexpr, WARPGROUPS: gl.constexpr,
 ):  # fmt: skip
+    SHARED: gl.constexpr = tiles_a_box(GROUP, TILES)
     for w in gl.static_range(WARPGROUPS):
         row = block_n * WARPGROUPS + w
         at = slot * WARPGROUPS + w
-        to_shared(codes_desc, [(row * steps + step) * 16, 0], full.index(slot), codes.index(at))
-        to_shared(scales_desc, [step * 64 // GROUP, row * 64], full.index(slot), scales.index(at))
-        if zeros_desc is not None:
-            to_shared(zeros_desc, [step * 64 // GROUP, row * 64], full.index(slot), zeros.index(at))
+        to_shared(codes_desc, [(row * tiles + tile) * 16, 0], full.index(slot), codes.index(at))
+        for i in gl.static_range(0, TILES, SHARED):
+            group, box = (tile + i) * 64 // GROUP, (at * TILES + i) // SHARED
+            to_shared(scales_desc, [group, row * 64], full.index(slot), scales.index(box))
+            if zeros_desc is not None:
+                to_shared(zeros_desc, [group, row * 64], full.index(slot), zeros.index(box))
 
 
 @gluon.constexpr_function
-def main_rows(block_m):
-    """Rows of x in the first of a block's products; the others, where block_m is no power of two, are in a second."""
-    return 1 << (int(block_m).bit_length() - 1)
+def product_rows(block_m, j):
+    """Rows of x in product j of a block, each a power of two and fewer than in the one before; 0: there is none."""
+    rows = int(block_m)
+    for _ in range(j):
+        rows -= 1 << rows.bit_length() >> 1
+    return 1 << rows.bit_length() >> 1
+
+
+@gluon.constexpr_function
+def rows_before(block_m, j):
+    """Rows of x in the products before product j."""
+    rows = int(block_m)
+    for _ in range(j):
+        rows -= 1 << rows.bit_length() >> 1
+    return int(block_m) - rows
 
 
 @gluon.constexpr_function
 def box_rows(block_m):
     """Rows of the boxes that copy the rest of a block of x: rows past M cost TMA more than rows of x."""
-    return max(main_rows(block_m) // 4, 8)
+    return max(min((1 << int(block_m).bit_length() >> 1) // 4, int(block_m) & -int(block_m)), 8)
 
 
 @gluon.jit
-def _expect(full, slot, rows, WEIGHT: gl.constexpr, BLOCK_M: gl.constexpr):
-    """A tile of weights and one of x, of which so many rows are left."""
+def _expect(full, slot, rows, WEIGHT: gl.constexpr, BLOCK_M: gl.constexpr, TILES: gl.constexpr):
+    """A step's tiles of weights and of x, of which so many rows are left."""
     BOX: gl.constexpr = box_rows(BLOCK_M)
-    boxes = min(gl.cdiv(rows, BOX), BLOCK_M // BOX)
-    for i in gl.static_range(1, BLOCK_M // BOX + 1):  # the count of bytes is a constant
-        mbarrier.expect(full.index(slot), WEIGHT + i * BOX * 128, boxes == i)
-
-
-@gluon.jit
-def _ask_x(x_desc, box_desc, full, xs, slot, m, step, rows, BLOCK_M: gl.constexpr):
-    """A tile of x, of which so many rows are left. Past them the tile keeps what it held, for columns not stored."""
-    BOX: gl.constexpr = box_rows(BLOCK_M)
-    MAIN: gl.constexpr = main_rows(BLOCK_M)
-    first, rest = xs
-    if rows >= MAIN:
-        to_shared(x_desc, [m * BLOCK_M, step * 64], full.index(slot), first.index(slot))
+    if rows >= BLOCK_M:
+        mbarrier.expect(full.index(slot), WEIGHT + BLOCK_M * TILES * 128)
     else:
-        for i in gl.static_range(MAIN // BOX):
-            if i * BOX < rows:
-                box = first.index(slot).slice(i * BOX, BOX, 0)
-                to_shared(box_desc, [m * BLOCK_M + i * BOX, step * 64], full.index(slot), box)
-    for i in gl.static_range((BLOCK_M - MAIN) // BOX):
-        if MAIN + i * BOX < rows:
-            box = rest.index(slot).slice(i * BOX, BOX, 0)
-            to_shared(box_desc, [m * BLOCK_M + MAIN + i * BOX, step * 64], full.index(slot), box)
+        boxes = gl.cdiv(rows, BOX)
+        for i in gl.static_range(1, BLOCK_M // BOX + 1):  # the count of bytes is a constant
+            mbarrier.expect(full.index(slot), WEIGHT + i * BOX * TILES * 128, boxes == i)
+
+
+@gluon.jit
+def _ask_x(x_descs, box_desc, full, xs, slot, m, tile, rows, BLOCK_M: gl.constexpr, TILES: gl.constexpr):
+    """Tiles of x, of which so many rows are left; past them a tile keeps what it held, for columns not stored."""
+    BOX: gl.constexpr = box_rows(BLOCK_M)
+    for j in gl.static_range(len(xs)):
+        at = m * BLOCK_M + rows_before(BLOCK_M, j)
+        left = rows - rows_before(BLOCK_M, j)
+        if left >= product_rows(BLOCK_M, j):
+            for i in gl.static_range(TILES):
+                to_shared(x_descs[j], [at, (tile + i) * 64], full.index(slot), xs[j].index(slot * TILES + i))
+        else:
+            for i in gl.static_range(TILES):
+                for b in gl.static_range(product_rows(BLOCK_M, j) // BOX):
+                    if b * BOX < left:
+                        box = xs[j].index(slot * TILES + i).slice(b * BOX, BOX, 0)
+                        to_shared(box_desc, [at + b * BOX, (tile + i) * 64], full.index(slot), box)
+
+
+@gluon.jit
+def after(slot, phase, steps, RING: gl.constexpr):
+    """Place in the ring and parity of its turn, so many steps on: at most to the ring's end."""
+    over = (slot + steps == RING).to(gl.int32)
+    return slot + steps - over * RING, phase ^ over
 
 
 @gluon.jit
 def produce(
-    x_desc, box_desc, codes_desc, scales_desc, zeros_desc, ring, zeros, sizes,
+    x_descs, box_desc, codes_desc, scales_desc, zeros_desc, ring, zeros, sizes,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, WARPGROUPS: gl.constexpr, SPLIT: gl.constexpr,
-    STAGES: gl.constexpr,
+    RING: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     xs, codes, scales, full, empty, _ = ring
     M, N, K = sizes
+    TILES: gl.constexpr = BLOCK_K // 64
     ROWS: gl.constexpr = 128 if zeros_desc is None else 256  # bytes of scales, and of zero points
-    WEIGHT: gl.constexpr = WARPGROUPS * (2048 + groups_a_tile(GROUP) * ROWS)  # bytes a tile
-    steps = gl.cdiv(K, 64)
+    BOXES: gl.constexpr = TILES // tiles_a_box(GROUP, TILES)
+    WEIGHT: gl.constexpr = WARPGROUPS * (2048 * TILES + BOXES * groups_a_tile(GROUP) * ROWS)  # bytes a step
+    tiles = gl.cdiv(K, 64)
     # The weight does not depend on the kernel before: its first tiles are asked for while that still runs.
     m, n, first, last = unit_of(gl.program_id(0), M, N, K, BLOCK_M, BLOCK_K, WARPGROUPS, SPLIT)
-    early = min(STAGES, last - first)
+    early = min(RING, (last - first) // TILES)
     rows = M - m * BLOCK_M
     for i in range(early):
-        _expect(full, i, rows, WEIGHT, BLOCK_M)
+        _expect(full, i, rows, WEIGHT, BLOCK_M, TILES)
         _ask_weight(
-            codes_desc, scales_desc, zeros_desc, codes, scales, zeros, full, i, n, first + i, steps, GROUP, WARPGROUPS
-        )
+            codes_desc, scales_desc, zeros_desc, codes, scales, zeros, full, i, n, first + i * TILES, tiles,
+            GROUP, TILES, WARPGROUPS,
+        )  # fmt: skip
     wait_for_the_kernel_before()
     for i in range(early):
-        _ask_x(x_desc, box_desc, full, xs, i, m, first + i, rows, BLOCK_M)
-    done = early
+        _ask_x(x_descs, box_desc, full, xs, i, m, first + i * TILES, rows, BLOCK_M, TILES)
+    slot, phase = after(0, 0, early, RING)
     for unit in range(gl.program_id(0), units_of(M, N, BLOCK_M, WARPGROUPS, SPLIT), gl.num_programs(0)):
         m, n, first, last = unit_of(unit, M, N, K, BLOCK_M, BLOCK_K, WARPGROUPS, SPLIT)
         rows = M - m * BLOCK_M
-        for step in range(first + early * (unit == gl.program_id(0)).to(gl.int32), last):
-            slot = done % STAGES
-            mbarrier.wait(empty.index(slot), (done // STAGES & 1) ^ 1)
-            _expect(full, slot, rows, WEIGHT, BLOCK_M)
+        first += early * TILES * (unit == gl.program_id(0)).to(gl.int32)
+        for tile in range(first, last, TILES):
+            mbarrier.wait(empty.index(slot), phase ^ 1)
+            _expect(full, slot, rows, WEIGHT, BLOCK_M, TILES)
             _ask_weight(
-                codes_desc, scales_desc, zeros_desc, codes, scales, zeros, full, slot, n, step, steps, GROUP, WARPGROUPS
-            )
-            _ask_x(x_desc, box_desc, full, xs, slot, m, step, rows, BLOCK_M)
-            done += 1
+                codes_desc, scales_desc, zeros_desc, codes, scales, zeros, full, slot, n, tile, tiles,
+                GROUP, TILES, WARPGROUPS,
+            )  # fmt: skip
+            _ask_x(x_descs, box_desc, full, xs, slot, m, tile, rows, BLOCK_M, TILES)
+            slot, phase = after(slot, phase, 1, RING)
+    if PAIRED:
+        arrive_at_the_cluster()
+
+
+@gluon.jit
+def stand_by(M):
+    """For the warps that fill up the producer's warpgroup: a cluster waits for all."""
+    arrive_at_the_cluster()

@@ -1,8 +1,8 @@
 """sm90_decode: up to 16 rows of x on Hopper; codes go from memory straight into operands of mma.sync.
 
-One program computes 16 * WARPS rows of W over a part of K; the programs of one block of rows are a cluster, and add
-their parts in a fixed order: no counters, nothing that launches share. Codes of the next DEPTH tiles are always on
-their way, in registers: no barrier stands between a warp and its next bytes.
+Each warp multiplies 16 rows of W over one part of K. Parts are those of the warps of a program, added in shared memory,
+and of the programs of a cluster, added in a fixed order: no counters, nothing that launches share. Codes of the next
+DEPTH tiles are always on their way, in registers: no barrier stands between a warp and its next bytes.
 """
 
 # mypy: disable-error-code="assignment, var-annotated, unreachable"
@@ -16,10 +16,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from ..compat import workgroup_barrier
+from ..compat import copy_to_shared, told_registers, workgroup_barrier
 from ..layouts import PackedWeight
 from ..layouts.sm90 import TILE, TILE_WORDS
-from ..tuning.sm90_tiles import Sm90DecodeTile
+from ..tuning.sm90_decode_tiles import decode_spare_kib
+from ..tuning.sm90_tiles import Sm90DecodeTile, decode_share, decode_shared_bytes, group_of_tiles
 from ._launch import Launch, runs
 from ._sm90 import (
     aligned,
@@ -28,18 +29,17 @@ from ._sm90 import (
     groups_a_tile,
     let_the_next_kernel_start,
     operand,
-    row_offsets,
-    scale_lanes,
     wait_for_the_kernel_before,
     words_layout,
     zero_lanes,
 )
-from ._sm90_stream import ask_slab, beside_sums, chunk_of, of_group, put, words_of
+from ._sm90_slabs import ask_groups, beside_parts, keep_loads_in_order, keep_shared_memory, of_chunk, of_parts
+from ._sm90_stream import chunk_of, halves, put, words_of
 
 X_ALIGNMENT = 16  # elements: asynchronous copies take 16 bytes, and Triton knows of multiples of 16
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit(do_not_specialize=["M", "share", "trips"])
 def _sm90_decode(
     out_ptr,  # [M, N]
     x_ptr,  # [M, K]
@@ -47,10 +47,12 @@ def _sm90_decode(
     scales_ptr,  # [K/G, N_PADDED]
     zeros_ptr,  # [K/G, N_PADDED] uint8, or None: every zero point is 8
     bias_ptr,  # [N] or None
-    parts_ptr,  # [blocks, SPLIT, 16 * WARPS, BLOCK_M] fp32, or None for one split
+    parts_ptr,  # [blocks, SPLIT, 16 * WARPS / PARTS, BLOCK_M] fp32, or None for one split
     M,
     N,
     K,
+    share,  # tiles of 64 columns a part
+    trips,  # of DEPTH tiles
     out_stride,
     x_stride,
     codes_stride,
@@ -58,105 +60,131 @@ def _sm90_decode(
     GROUP: gl.constexpr,
     BLOCK_M: gl.constexpr,
     WARPS: gl.constexpr,
-    SPLIT: gl.constexpr,
-    TRIPS: gl.constexpr,  # of DEPTH tiles of 64 columns, a program
+    PARTS: gl.constexpr,  # of K, a program
+    SPLIT: gl.constexpr,  # programs of a cluster
     DEPTH: gl.constexpr,  # tiles on their way
-    SLABS: gl.constexpr,  # of x in shared memory; fewer than TRIPS: a ring
+    SLABS: gl.constexpr,  # of x, scales and zero points in shared memory
+    WHOLE: gl.constexpr,  # a slab for every trip; else they are a ring
+    SPARE: gl.constexpr,  # KiB of shared memory that keep more programs off the SM
 ):
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
-    ROWS: gl.constexpr = 16 * WARPS
+    ROWS: gl.constexpr = 16 * WARPS // PARTS
     GROUPS: gl.constexpr = groups_a_tile(GROUP)
     CHUNK: gl.constexpr = chunk_of(GROUP, DEPTH)
-    PER_TRIP: gl.constexpr = DEPTH * 64 // GROUP if GROUP == 32 or GROUP == 64 * CHUNK else 0  # groups
-    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
+    CHUNKS: gl.constexpr = DEPTH // CHUNK
+    flat_a: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8]), 2)
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [PARTS, WARPS // PARTS, 1], [1, 16, 8])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     b_layout: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     let_the_next_kernel_start()
     block = gl.program_id(0) // SPLIT
     split = gl.program_id(0) % SPLIT
-    first = split * (TRIPS * DEPTH)
-    left = gl.cdiv(K, 64) - first  # tiles
+    tiles = gl.cdiv(K, 64)
 
     layout: gl.constexpr = words_layout(WARPS)
-    y = gl.arange(0, 4 * WARPS, gl.SliceLayout(1, layout))
-    word = gl.arange(0, 32, gl.SliceLayout(0, layout))
-    tile_row = (block * (WARPS // 4) + y // 16).to(gl.int64)
-    tile_at = gl.expand_dims(tile_row * codes_stride + y % 16 * 32, 1) + gl.expand_dims(word, 0)
-    codes_at = codes_ptr + first * 512 + tile_at
-    offsets = block * ROWS + row_offsets(WARPS, GROUPS, scales_stride)
-    if PER_TRIP > 0:
-        offsets += split * (TRIPS * PER_TRIP) * scales_stride
-    scales_at = scales_ptr + offsets
+    y = gl.expand_dims(gl.arange(0, 4 * WARPS, gl.SliceLayout(1, layout)), 1)
+    word = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, layout)), 0)
+    first = (split * PARTS + y // (ROWS // 4)) * share
+    left = gl.minimum(tiles - first, share)
+    row = block * (ROWS // 4) + y % (ROWS // 4)
+    tile_row = gl.minimum(row // 16, scales_stride // 64 - 1).to(gl.int64)
+    codes_at = codes_ptr + (tile_row * codes_stride + first * 512 + row % 16 * 32 + word)
+    AHEAD: gl.constexpr = SLABS if WHOLE else SLABS - 1
+    flat: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, [1, 0])
+    scale_slabs = gl.allocate_shared_memory(DTYPE, [SLABS, CHUNKS * GROUPS, PARTS * ROWS], flat)
     if zeros_ptr is not None:
-        zeros_at = zeros_ptr + offsets
-    words, scales, zeros = (), (), ()
+        zero_slabs = gl.allocate_shared_memory(gl.uint8, [SLABS, CHUNKS * GROUPS, PARTS * ROWS], flat)
+        zeros_ptr += block * ROWS
+    scales_ptr += block * ROWS
+    rows = scales_stride - block * ROWS
+    for trip in gl.static_range(AHEAD):
+        here = split * PARTS, trip * DEPTH, share, tiles
+        ask_groups(scale_slabs.index(trip), scales_ptr, scales_stride, rows, *here, GROUP, CHUNK, PARTS, WARPS)
+        if zeros_ptr is not None:
+            ask_groups(zero_slabs.index(trip), zeros_ptr, scales_stride, rows, *here, GROUP, CHUNK, PARTS, WARPS)
+    keep_loads_in_order()  # scales first: what is asked for last comes last
+    words = ()
     for i in gl.static_range(DEPTH):
         words = words + (words_of(codes_at, i, left),)
-    for c in gl.static_range(DEPTH // CHUNK):
-        scales = scales + (of_group(scales_at, c * CHUNK, first, left, GROUP, CHUNK, scales_stride),)
-        if zeros_ptr is not None:
-            zeros = zeros + (of_group(zeros_at, c * CHUNK, first, left, GROUP, CHUNK, scales_stride),)
 
-    shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-    xs = gl.allocate_shared_memory(DTYPE, [SLABS, BLOCK_M, 64 * DEPTH], shared)
-    x_layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
-    m = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(1, x_layout)), 1)
-    k = gl.expand_dims(first * 64 + gl.arange(0, 64 * DEPTH, gl.SliceLayout(0, x_layout)), 0)
-    x_at = x_ptr + m.to(gl.int64) * x_stride + k
+    shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
+    x_slabs = gl.allocate_shared_memory(DTYPE, [SLABS, PARTS, BLOCK_M, 64 * DEPTH], shared)
+    x_layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 1, 32], [PARTS, WARPS // PARTS, 1], [2, 1, 0])
+    p = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, x_layout)))
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(2, x_layout)))
+    k = gl.arange(0, 64 * DEPTH, gl.SliceLayout(0, gl.SliceLayout(1, x_layout)))
+    begin = (split * PARTS + gl.expand_dims(gl.expand_dims(p, 1), 2)) * (share * 64)
+    m = gl.expand_dims(gl.expand_dims(m, 0), 2)
+    k = gl.expand_dims(gl.expand_dims(k, 0), 1)
+    columns = gl.minimum(K - begin, share * 64)
+    x_at = x_ptr + m.to(gl.int64) * x_stride + (begin + k)
+    keep_shared_memory(SPARE)
     wait_for_the_kernel_before()
-    for trip in gl.static_range(SLABS if SLABS == TRIPS else SLABS - 1):
-        ask_slab(xs.index(trip), x_at, m < M, k, K, trip, DEPTH)
-    if SLABS == TRIPS:
+    for trip in gl.static_range(AHEAD):
+        ahead = trip * (64 * DEPTH)
+        copy_to_shared(x_slabs.index(trip), x_at + ahead, mask=(m < M) & (k + ahead < columns))
+        async_copy.commit_group()
+    if WHOLE:
         async_copy.wait_group(0)
         workgroup_barrier()
 
-    acc = gl.zeros([ROWS, BLOCK_M], gl.float32, mma)
-    for trip in range(TRIPS):
-        if SLABS < TRIPS:
+    acc = gl.zeros([PARTS, ROWS, BLOCK_M], gl.float32, mma)
+    for trip in range(SLABS if WHOLE else trips):
+        if not WHOLE:
             async_copy.wait_group(SLABS - 2)
             workgroup_barrier()
-            if trip + SLABS - 1 < TRIPS:
-                ask_slab(xs.index((trip + SLABS - 1) % SLABS), x_at, m < M, k, K, trip + SLABS - 1, DEPTH)
-            else:
-                async_copy.commit_group()  # of nothing: the count of groups stays
-        slab = xs.index(trip % SLABS)
+            coming = trip + SLABS - 1
+            if coming < trips:
+                slab, ahead = coming % SLABS, coming * (64 * DEPTH)
+                copy_to_shared(x_slabs.index(slab), x_at + ahead, mask=(m < M) & (k + ahead < columns))
+                here = split * PARTS, coming * DEPTH, share, tiles
+                ask_groups(scale_slabs.index(slab), scales_ptr, scales_stride, rows, *here, GROUP, CHUNK, PARTS, WARPS)
+                if zeros_ptr is not None:
+                    ask_groups(
+                        zero_slabs.index(slab), zeros_ptr, scales_stride, rows, *here, GROUP, CHUNK, PARTS, WARPS
+                    )
+            async_copy.commit_group()  # of nothing at the end: the count of groups stays
+        xs = x_slabs.index(trip % SLABS)
         codes_at += DEPTH * 512
-        scales_at += PER_TRIP * scales_stride
-        if zeros_ptr is not None:
-            zeros_at += PER_TRIP * scales_stride
-        first += DEPTH
         left -= DEPTH
-        for c in gl.static_range(DEPTH // CHUNK):
-            scale = scales[c]
-            fresh = of_group(scales_at, c * CHUNK, first, left, GROUP, CHUNK, scales_stride)
-            scales = put(scales, c, fresh)
+        for c in gl.static_range(CHUNKS):
+            scale = of_chunk(scale_slabs.index(trip % SLABS), c, GROUPS, WARPS)
             if zeros_ptr is not None:
-                zero = zero_lanes(zeros[c], DTYPE)
-                fresh_zero = of_group(zeros_at, c * CHUNK, first, left, GROUP, CHUNK, scales_stride)
-                zeros = put(zeros, c, fresh_zero)
+                zero = zero_lanes(of_chunk(zero_slabs.index(trip % SLABS), c, GROUPS, WARPS), DTYPE)
             else:
                 zero = zero_lanes(gl.full(scale.shape, 8, gl.int32, scale.type.layout), DTYPE)
-            part = gl.zeros([ROWS, BLOCK_M], gl.float32, mma)
-            for i in gl.static_range(CHUNK):
-                x = slab.slice((c * CHUNK + i) * 64, 64, 1).permute((1, 0)).load(b_layout)
-                pairs = centred(words[c * CHUNK + i], zero, DTYPE, WARPS)
+            part = gl.zeros([PARTS, ROWS, BLOCK_M], gl.float32, mma)
+            for i in gl.static_range(c * CHUNK, (c + 1) * CHUNK):
+                pairs = centred(words[i], zero, DTYPE, WARPS)
+                words = put(words, i, words_of(codes_at, i, left))
                 if GROUPS == 1:
-                    part = mma_v2(operand(pairs, None, DTYPE, WARPS, a_layout), x, part)
+                    w = of_parts(operand(pairs, None, DTYPE, WARPS, flat_a), PARTS, a_layout)
+                    part = mma_v2(w, xs.slice(i * 64, 64, 2).permute((0, 2, 1)).load(b_layout), part)
                 else:
-                    acc = mma_v2(operand(pairs, scale_lanes(scale), DTYPE, WARPS, a_layout), x, acc)
-                words = put(words, c * CHUNK + i, words_of(codes_at, c * CHUNK + i, left))
+                    near, far = halves(pairs, DTYPE, WARPS, flat_a)
+                    near_scale, far_scale = gl.split(scale.permute([0, 1, 3, 2]))
+                    near_x = xs.slice(i * 64, 32, 2).permute((0, 2, 1)).load(b_layout)
+                    far_x = xs.slice(i * 64 + 32, 32, 2).permute((0, 2, 1)).load(b_layout)
+                    near_sum = mma_v2(of_parts(near, PARTS, a_layout), near_x, part)
+                    far_sum = mma_v2(of_parts(far, PARTS, a_layout), far_x, part)
+                    acc += near_sum * beside_parts(near_scale, WARPS, PARTS, mma)
+                    acc += far_sum * beside_parts(far_scale, WARPS, PARTS, mma)
+                if i % 2 == 1:
+                    keep_loads_in_order()
             if GROUPS == 1:
-                acc += part * beside_sums(scale, WARPS, mma)
+                acc += part * beside_parts(scale, WARPS, PARTS, mma)
 
-    n = gl.arange(0, ROWS, gl.SliceLayout(1, mma))
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma))
+    total = gl.sum(acc, 0)
+    sums: gl.constexpr = total.type.layout
+    n = gl.arange(0, ROWS, gl.SliceLayout(1, sums))
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, sums))
     if SPLIT == 1:
-        _store(out_ptr, bias_ptr, acc, block * ROWS + n, m, M, N, out_stride)
+        _store(out_ptr, bias_ptr, total, block * ROWS + n, m, M, N, out_stride)
     else:
         SIZE: gl.constexpr = ROWS * BLOCK_M
         at = gl.expand_dims(n, 1) * BLOCK_M + gl.expand_dims(m, 0)
         here = gl.expand_dims(m, 0) < M + gl.expand_dims(n * 0, 1)
-        gl.store(parts_ptr + gl.program_id(0) * SIZE + at, acc, mask=here)
+        gl.store(parts_ptr + gl.program_id(0) * SIZE + at, total, mask=here)
         cluster_barrier()
         MINE: gl.constexpr = ROWS // SPLIT
         mine: gl.constexpr = gl.BlockedLayout([1, 1], [32 // BLOCK_M, BLOCK_M], [WARPS, 1], [1, 0])
@@ -186,10 +214,10 @@ def plan(
     """The launch of out [M, N] = x [M, K] @ W^T + bias; x already permuted for act-order."""
     m, n, k = x.shape[0], weight.n, weight.k
     x = aligned(x, X_ALIGNMENT)
-    rows, block_m = 16 * tile.warps, 8 if m <= 8 else 16
+    rows, block_m = tile.rows, 8 if m <= 8 else 16
     blocks, tiles = triton.cdiv(n, rows), triton.cdiv(k, TILE)
-    split = tile.split_k
-    trips = triton.cdiv(tiles, split * tile.depth)
+    split, share = tile.split_k, decode_share(tile, k, weight.group)
+    trips = triton.cdiv(share, tile.depth)
     parts = out.new_empty((blocks, split, rows, block_m), dtype=torch.float32) if split > 1 else None
     args = {
         "out_ptr": out,
@@ -202,21 +230,25 @@ def plan(
         "M": m,
         "N": n,
         "K": k,
+        "share": share,
+        "trips": trips,
         "out_stride": out.stride(0),
         "x_stride": x.stride(0),
         "codes_stride": tiles * TILE_WORDS,
         "scales_stride": weight.scales.shape[-1],
     }
     constants = {
-        "GROUP": tiles * TILE if weight.group == k else weight.group,
+        "GROUP": group_of_tiles(weight.group, k),
         "BLOCK_M": block_m,
         "WARPS": tile.warps,
+        "PARTS": tile.parts,
         "SPLIT": split,
-        "TRIPS": trips,
         "DEPTH": tile.depth,
         "SLABS": trips if trips <= tile.slabs else tile.ring,
+        "WHOLE": trips <= tile.slabs,
+        "SPARE": decode_spare_kib(tile, decode_shared_bytes(tile, m, k, weight.group, weight.zeros is not None)),
     }
-    options = {"num_warps": tile.warps, "launch_pdl": True} | ({"maxnreg": tile.registers} if tile.registers else {})
+    options = {"num_warps": tile.warps, "launch_pdl": True} | told_registers(tile.registers)
     return (Launch(fn=_sm90_decode, grid=(blocks,), cluster=split, args=args, constants=constants, options=options),)
 
 

@@ -39,6 +39,7 @@ from .route import Turns, route_launches
 LEAST_SORTED = 8  # slots a block of experts in act-order, whose rows are put in order by the route
 # Of a thread of consumers, and of the producer, which gathers so many rows: together all that an SM has.
 REGISTERS = {32: (224, 56), 64: (224, 56), 128: (216, 72)}
+SHARED_GATHERED, SHARED, SHARED_START = (96, 48), (104, 32), 80  # two programs an SM
 UNGATHERED = (232, 40)  # 128 rows with zero points, x by TMA: ptxas of Triton 3.6 spills two words with fewer
 ALIGNMENT = 16  # elements: copies take 16 bytes, and Triton knows of multiples of 16
 
@@ -169,8 +170,7 @@ def gemm(
         "tiles_n": tiles_n,
         "groups": groups,
     }
-    widest = tile.block_m == max(REGISTERS) and top_k is None and weight.zeros is not None
-    consumer, producer = UNGATHERED if widest else REGISTERS[tile.block_m]
+    consumer, producer, most = registers(tile, top_k is not None, weight.zeros is not None)
     constants = {
         "GROUP": group,
         "GATED": gated,
@@ -181,11 +181,20 @@ def gemm(
         "CONSUMER_REGISTERS": consumer,
         "PRODUCER_REGISTERS": producer,
     }
-    options = {"num_warps": 4, "launch_pdl": True}
+    options = {"num_warps": 4, "launch_pdl": True} | ({"maxnreg": most} if most else {})
     sms = (current_device(x.device) if x.is_cuda else known_device("sm90")).compute_units
     units = routing.expert_ids.numel() * triton.cdiv(triton.cdiv(tiles_n, 2), WARPGROUPS.value)
-    grid = (min(units, sms),)
+    grid = (min(units, sms * tile.residents),)
     return Launch(fn=_sm90_moe, grid=grid, args=args, constants=constants, options=options)
+
+
+def registers(tile: Sm90MoeTile, gathers: bool, has_zeros: bool) -> tuple[int, int, int]:
+    """Of a thread of consumers, of the producer, and, where programs share an SM, of any at the start, else 0."""
+    if tile.residents > 1:
+        return *(SHARED_GATHERED if gathers else SHARED), SHARED_START
+    if tile.block_m == max(REGISTERS) and has_zeros and not gathers:
+        return *UNGATHERED, 0
+    return *REGISTERS[tile.block_m], 0
 
 
 def _row_desc(grid: Tensor, group: int, halves: int) -> TensorDescriptor:

@@ -9,33 +9,34 @@ share K, or hold the experts of one token, whose sum then needs no launch of its
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ..compat import workgroup_barrier
 from ..layouts import PackedWeight
-from ..layouts.sm90 import TILE, TILE_WORDS
+from ..layouts.sm90 import TILE
 from ..moe.route import Route
 from ..tuning.sm90_tiles import Sm90DecodeTile
 from ._launch import Launch
 from ._sm90 import (
     aligned,
     centred,
-    cluster_barrier,
     groups_a_tile,
     let_the_next_kernel_start,
-    operand,
     row_offsets,
     wait_for_the_kernel_before,
     words_layout,
     zero_lanes,
 )
+from ._sm90_expert_gemm import ExpertGemm, cluster_sums, columns_of, leave_sums, multiplied, operands
 from ._sm90_moe_consumer import activated
-from ._sm90_stream import ask_slab, beside_sums, chunk_of, halves, of_group, put, words_of
+from ._sm90_stream import ask_slab, beside_sums, chunk_of, of_group, put, words_of
 from ._token_sums import placed_sums
 
 MOST_CLUSTER = 8
@@ -50,6 +51,43 @@ def _slots(sorted_ptr, position, lane, slots, ROUTED: gl.constexpr):
     else:
         slot = gl.load(sorted_ptr + position, mask=lane < ROUTED, other=slots, cache_modifier=".cg")
     return slot
+
+
+@gluon.jit
+def _stream(
+    codes_at, scales_at, zeros_at, first, left, stride, GROUP: gl.constexpr, DEPTH: gl.constexpr, CHUNK: gl.constexpr
+):
+    """Asks for a stream's first DEPTH tiles and for what their chunks are scaled with."""
+    words, scales, zeros = (), (), ()
+    for i in gl.static_range(DEPTH):
+        words = words + (words_of(codes_at, i, left),)
+    for c in gl.static_range(DEPTH // CHUNK):
+        scales = scales + (of_group(scales_at, c * CHUNK, first, left, GROUP, CHUNK, stride),)
+        if zeros_at is not None:
+            zeros = zeros + (of_group(zeros_at, c * CHUNK, first, left, GROUP, CHUNK, stride),)
+    return words, scales, zeros
+
+
+@gluon.jit
+def _scaled(accs, share):
+    """Every stream's sums times `share`."""
+    scaled = ()
+    for s in gl.static_range(len(accs)):
+        scaled = scaled + (accs[s] * share,)
+    return scaled
+
+
+@gluon.jit
+def _store(out_ptr, accs, row, APART: gl.constexpr, n, m, here, WIDTH, stride, ACTIVATION: gl.constexpr):
+    """out[m, row + n] = activation(sums), the streams APART rows apart; gated: of the first times the second."""
+    for s in gl.static_range(1 if APART == 0 else len(accs)):
+        value = activated(accs[s], ACTIVATION)
+        if APART == 0:
+            value *= accs[1]
+        column = row + s * APART + n
+        at_out = out_ptr + gl.expand_dims(m.to(gl.int64) * stride, 0) + gl.expand_dims(column, 1)
+        mask = gl.expand_dims(here, 0) & gl.expand_dims(column < WIDTH, 1)
+        gl.store(at_out, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit(do_not_specialize=["slots"])
@@ -138,12 +176,9 @@ def _sm90_moe_decode(
         scales_at = scales_at + (scales_ptr + offsets,)
         if zeros_ptr is not None:
             zeros_at = zeros_at + (zeros_ptr + offsets,)
-        for i in gl.static_range(DEPTH):
-            words = words + (words_of(codes_at[s], i, left),)
-        for c in gl.static_range(CHUNKS):
-            scales = scales + (of_group(scales_at[s], c * CHUNK, first, left, GROUP, CHUNK, scales_stride),)
-            if zeros_ptr is not None:
-                zeros = zeros + (of_group(zeros_at[s], c * CHUNK, first, left, GROUP, CHUNK, scales_stride),)
+        zeros_of_s = None if zeros_ptr is None else zeros_at[s]
+        asked = _stream(codes_at[s], scales_at[s], zeros_of_s, first, left, scales_stride, GROUP, DEPTH, CHUNK)
+        words, scales, zeros = words + asked[0], scales + asked[1], zeros + asked[2]
 
     shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     xs = gl.allocate_shared_memory(DTYPE, [SLABS, BLOCK_M, 64 * DEPTH], shared)
@@ -196,27 +231,12 @@ def _sm90_moe_decode(
                     old_zeros = old_zeros + (zero_lanes(eight, DTYPE),)
                 parts = parts + (gl.zeros([ROWS, BLOCK_M], gl.float32, mma),)
             for i in gl.static_range(CHUNK):
-                if GROUPS == 1:
-                    x = slab.slice((c * CHUNK + i) * 64, 64, 1).permute((1, 0)).load(b_layout)
-                else:
-                    x = slab.slice((c * CHUNK + i) * 64, 32, 1).permute((1, 0)).load(b_layout)
-                    far_x = slab.slice((c * CHUNK + i) * 64 + 32, 32, 1).permute((1, 0)).load(b_layout)
+                x = columns_of(slab, (c * CHUNK + i) * 64, GROUPS, b_layout)
                 for s in gl.static_range(STREAMS):
                     pairs = centred(words[s * DEPTH + c * CHUNK + i], old_zeros[s], DTYPE, WARPS)
-                    if GROUPS == 1:
-                        part = mma_v2(operand(pairs, None, DTYPE, WARPS, a_layout), x, parts[s])
-                        parts = put(parts, s, part)
-                    else:
-                        near, far = halves(pairs, DTYPE, WARPS, a_layout)
-                        scale, far_scale = gl.split(old_scales[s].permute([0, 1, 3, 2]))
-                        part = mma_v2(near, x, parts[s])
-                        far_part = mma_v2(far, far_x, parts[s])
-                        acc = (
-                            accs[s]
-                            + part * beside_sums(scale, WARPS, mma)
-                            + far_part * beside_sums(far_scale, WARPS, mma)
-                        )
-                        accs = put(accs, s, acc)
+                    codes = operands(pairs, GROUPS, DTYPE, WARPS, a_layout)
+                    acc, part = multiplied(accs[s], parts[s], codes, x, old_scales[s], GROUPS, WARPS, mma)
+                    accs, parts = put(accs, s, acc), put(parts, s, part)
                     words = put(words, s * DEPTH + c * CHUNK + i, words_of(codes_at[s], c * CHUNK + i, left))
             if GROUPS == 1:
                 for s in gl.static_range(STREAMS):
@@ -225,52 +245,23 @@ def _sm90_moe_decode(
     n = gl.arange(0, ROWS, gl.SliceLayout(1, mma))
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma))
     if SUMMED and shares_ptr is not None:
-        share = gl.load(shares_ptr + block_m).to(gl.float32)
-        for s in gl.static_range(STREAMS):
-            accs = put(accs, s, accs[s] * share)
+        accs = _scaled(accs, gl.load(shares_ptr + block_m).to(gl.float32))
     if SPLIT > 1:
-        SIZE: gl.constexpr = ROWS * BLOCK_M
-        at_part = gl.expand_dims(n, 1) * BLOCK_M + gl.expand_dims(m, 0)
-        here = gl.expand_dims(m, 0) < ROUTED + gl.expand_dims(n * 0, 1)
-        for s in gl.static_range(STREAMS):
-            gl.store(parts_ptr + (gl.program_id(0) * STREAMS + s).to(gl.int64) * SIZE + at_part, accs[s], mask=here)
-        cluster_barrier()
+        leave_sums(parts_ptr, accs, n, m, ROUTED, BLOCK_M)
         SHARERS: gl.constexpr = 8 if SPLIT >= 8 else 4 if SPLIT >= 4 else 2
         if split >= SHARERS:
             return
-        MINE: gl.constexpr = ROWS // SHARERS
-        mine: gl.constexpr = gl.BlockedLayout([1, 1], [32 // BLOCK_M, BLOCK_M], [WARPS, 1], [1, 0])
-        n = split * MINE + gl.arange(0, MINE, gl.SliceLayout(1, mine))
-        m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, mine))
-        at_part = gl.expand_dims(n, 1) * BLOCK_M + gl.expand_dims(m, 0)
-        here = gl.expand_dims(m, 0) < ROUTED + gl.expand_dims(n * 0, 1)
-        accs = ()
-        for s in gl.static_range(STREAMS):
-            total = gl.zeros([MINE, BLOCK_M], gl.float32, mine)
-            for i in gl.static_range(SPLIT):
-                program = (gl.program_id(0) - split + i) * STREAMS + s
-                at_ptr = parts_ptr + program.to(gl.int64) * SIZE + at_part
-                total += gl.load(at_ptr, mask=here, other=0.0, cache_modifier=".cg")
-            accs = accs + (total,)
+        accs, n, m = cluster_sums(parts_ptr, split, ROUTED, ROWS, BLOCK_M, WARPS, STREAMS, SPLIT, SHARERS)
     if SUMMED:
         out_row = block_m // SPLIT + m
-        here_m = m < 1
+        here = m < 1
     else:
         out_row = block_m * ROUTED + m
         slot = _slots(sorted_ptr, out_row, m, slots, ROUTED)
-        here_m = slot < slots
+        here = slot < slots
         if shares_ptr is not None:
-            share = gl.expand_dims(gl.load(shares_ptr + slot, mask=here_m, other=0.0).to(gl.float32), 0)
-            for s in gl.static_range(STREAMS):
-                accs = put(accs, s, accs[s] * share)
-    if GATED:
-        accs = (activated(accs[0], ACTIVATION) * accs[1],)
-    for s in gl.static_range(1 if GATED else STREAMS):
-        column = row + s * APART + n
-        value = accs[s] if GATED else activated(accs[s], ACTIVATION)
-        at_out = out_ptr + gl.expand_dims(out_row.to(gl.int64) * out_stride, 0) + gl.expand_dims(column, 1)
-        mask = gl.expand_dims(here_m, 0) & gl.expand_dims(column < WIDTH, 1)
-        gl.store(at_out, value.to(out_ptr.dtype.element_ty), mask=mask)
+            accs = _scaled(accs, gl.expand_dims(gl.load(shares_ptr + slot, mask=here, other=0.0).to(gl.float32), 0))
+    _store(out_ptr, accs, row, APART, n, out_row, here, WIDTH, out_stride, ACTIVATION)
 
 
 def gemm(
@@ -290,8 +281,17 @@ def gemm(
     top_k   slots of a row of x; None: rows of x stand in the order of positions, and an earlier kernel has routed
     shares  [slots], in fp32, multiply a row before the activation; None: nothing does
     """
-    blocks = routing.block, routing.expert_ids, routing.sorted_token_ids
-    return _gemm(out, x, weight, *blocks, routing.position.numel(), shares, top_k, activation, gated, 0, tile)
+    it = ExpertGemm(
+        out=out,
+        x=aligned(x, X_ALIGNMENT),
+        weight=weight,
+        experts=routing.expert_ids,
+        shares=shares,
+        top_k=top_k,
+        activation=activation,
+        gated=gated,
+    )
+    return _launch(it, routing.sorted_token_ids, routing.block, routing.position.numel(), tile)
 
 
 def few(
@@ -314,76 +314,51 @@ def few(
     slots = ids.numel()
     hidden = out.new_empty((slots, w2.k))
     inputs, outputs = (shares, None) if weight_input else (None, shares)
-    gemm1 = _gemm(hidden, x, w13, 1, ids, None, slots, inputs, top_k, activation, gated, 0, tile)
+    one = ExpertGemm(
+        out=hidden,
+        x=aligned(x, X_ALIGNMENT),
+        weight=w13,
+        experts=ids,
+        shares=inputs,
+        top_k=top_k,
+        activation=activation,
+        gated=gated,
+    )
+    gemm1 = _launch(one, None, 1, slots, tile)
+    two: dict[str, Any] = {"x": hidden, "weight": w2, "experts": ids, "shares": outputs, "top_k": None}
     if top_k <= MOST_CLUSTER:
-        return gemm1, _gemm(out, hidden, w2, 1, ids, None, slots, outputs, None, None, False, top_k, tile2)
+        return gemm1, _launch(ExpertGemm(out=out, **two), None, 1, slots, tile2, summed=top_k)
     y = out.new_empty((slots, w2.n))
-    gemm2 = _gemm(y, hidden, w2, 1, ids, None, slots, outputs, None, None, False, 0, tile2)
-    return gemm1, gemm2, placed_sums(out, y, ids, w2.experts)
+    return gemm1, _launch(ExpertGemm(out=y, **two), None, 1, slots, tile2), placed_sums(out, y, ids, w2.experts)
 
 
-def _gemm(
-    out: Tensor,
-    x: Tensor,
-    weight: PackedWeight,
-    block: int,
-    expert_ids: Tensor,
-    sorted_ids: Tensor | None,
-    slots: int,
-    shares: Tensor | None,
-    top_k: int | None,
-    activation: str | None,
-    gated: bool,
-    summed: int,
-    tile: Sm90DecodeTile,
+def _launch(
+    it: ExpertGemm, sorted_ids: Tensor | None, block: int, slots: int, tile: Sm90DecodeTile, summed: int = 0
 ) -> Launch:
     """summed: slots of a token, to be added into out [tokens, N]; 0: they are not."""
-    x = aligned(x, X_ALIGNMENT)
-    n, k = weight.n, weight.k
-    side_by_side = triton.cdiv(n // (2 if gated else 1), TILE) % (tile.warps // 4) == 0
-    warps = tile.warps if side_by_side else 4
+    warps = tile.warps if triton.cdiv(it.width, TILE) % (tile.warps // 4) == 0 else 4  # tiles side by side
     rows, streams, block_m = 16 * warps, 2, 8 if block <= 8 else 16
-    blocks_n, tiles = triton.cdiv(n, rows * streams), triton.cdiv(k, TILE)
     split = summed or tile.split_k
-    trips = triton.cdiv(tiles, tile.depth * (1 if summed else split))
-    clusters = expert_ids.numel() // max(summed, 1) * blocks_n
-    parts = out.new_empty((clusters * split, streams, rows, block_m), dtype=torch.float32) if split > 1 else None
-    args = {
-        "out_ptr": out,
-        "x_ptr": x,
-        "codes_ptr": weight.codes,
-        "scales_ptr": weight.scales,
-        "zeros_ptr": weight.zeros,
-        "shares_ptr": shares,
-        "sorted_ptr": sorted_ids,
-        "expert_ptr": expert_ids,
-        "parts_ptr": parts,
-        "slots": slots,
-        "N": n,
-        "K": k,
-        "out_stride": out.stride(0),
-        "x_stride": x.stride(0),
-        "codes_expert": weight.codes.stride(0),
-        "codes_stride": tiles * TILE_WORDS,
-        "scales_expert": weight.scales.stride(0),
-        "scales_stride": weight.scales.shape[-1],
-    }
-    constants = {
-        "EXPERTS": weight.experts,
-        "GROUP": tiles * TILE if weight.group == k else weight.group,
-        "TOP_K": top_k,
-        "ACTIVATION": activation,
-        "GATED": gated,
-        "ROUTED": block,
-        "BLOCK_M": block_m,
-        "WARPS": warps,
-        "STREAMS": streams,
-        "SPLIT": split,
-        "SUMMED": summed > 0,
-        "EARLY": top_k is None,
-        "TRIPS": trips,
-        "DEPTH": tile.depth,
-        "SLABS": trips if trips <= tile.slabs else tile.ring,
-    }
-    options = {"num_warps": warps, "launch_pdl": True} | ({"maxnreg": tile.registers} if tile.registers else {})
-    return Launch(fn=_sm90_moe_decode, grid=(clusters,), cluster=split, args=args, constants=constants, options=options)
+    trips = triton.cdiv(it.tiles, tile.depth * (1 if summed else split))
+    clusters = it.experts.numel() // max(summed, 1) * triton.cdiv(it.weight.n, rows * streams)
+    shape = clusters * split, streams, rows, block_m
+    parts = it.out.new_empty(shape, dtype=torch.float32) if split > 1 else None
+    return it.launch(
+        _sm90_moe_decode,
+        (clusters,),
+        cluster=split,
+        args={"sorted_ptr": sorted_ids, "parts_ptr": parts, "slots": slots},
+        constants={
+            "ROUTED": block,
+            "BLOCK_M": block_m,
+            "WARPS": warps,
+            "STREAMS": streams,
+            "SPLIT": split,
+            "SUMMED": summed > 0,
+            "EARLY": it.top_k is None,
+            "TRIPS": trips,
+            "DEPTH": tile.depth,
+            "SLABS": trips if trips <= tile.slabs else tile.ring,
+        },
+        options={"num_warps": warps} | ({"maxnreg": tile.registers} if tile.registers else {}),
+    )

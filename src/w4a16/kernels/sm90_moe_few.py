@@ -3,7 +3,8 @@
 A program computes 16 rows of the output, or 16 gate and 16 up rows, and each of its warps a part: of K (gemm1), or one
 of the token's experts (gemm2). All of its codes are asked for at its start, into registers. No clusters: the hardware
 crowds them, five programs on one SM while others have none. Column w of the matrix instruction is the x of warp w's
-part; what other columns hold of its rows is dropped. gemm2 starts with gemm1: memory is busy while that ends.
+part; what other columns hold of its rows is dropped. gemm2 starts with gemm1: memory is busy while that ends, and some
+of gemm2's tiles become operands before it has anything to multiply them with.
 """
 
 # mypy: disable-error-code="assignment, misc, var-annotated, unreachable"
@@ -11,16 +12,17 @@ part; what other columns hold of its rows is dropped. gemm2 starts with gemm1: m
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ..compat import copy_to_shared, workgroup_barrier
+from ..device import known_device
 from ..layouts import PackedWeight
-from ..layouts.sm90 import TILE, TILE_WORDS
 from ._launch import Launch
 from ._sm90 import (
     centred,
@@ -33,12 +35,15 @@ from ._sm90 import (
     words_layout,
     zero_lanes,
 )
+from ._sm90_expert_gemm import ExpertGemm, columns_of, multiplied, operands
 from ._sm90_moe_consumer import activated
-from ._sm90_stream import beside_sums, halves, put
+from ._sm90_stream import beside_sums, put
 from ._token_sums import placed_sums
 
 MOST_PARTS = 8  # columns of the matrix instruction
 COLUMNS = gl.constexpr(MOST_PARTS)
+SMS = known_device("sm90").compute_units
+READY = 4  # tiles: one program an SM then, and room for one of gemm1's beside it; groups of 32 have no registers left
 
 
 @gluon.constexpr_function
@@ -63,6 +68,27 @@ def _expert_of(expert_ptr, slot, part, SUMMED: gl.constexpr, TOP_K: gl.constexpr
     else:
         expert = gl.load(expert_ptr + slot)
     return expert.to(gl.int64)
+
+
+OPERAND = gl.constexpr(16)  # registers of a tile's first operand
+_INPUTS = [f"${OPERAND.value + i}" for i in range(OPERAND.value)]
+_HELD = gl.constexpr(
+    "{ .reg .pred never; .reg .b32 any; mov.b32 any, 0; "
+    + " ".join(f"or.b32 any, any, {each};" for each in _INPUTS)
+    + " setp.eq.b32 never, any, 0x00010001; @never nanosleep.u32 1; "
+    + " ".join(f"mov.b32 ${i}, {each};" for i, each in enumerate(_INPUTS))
+    + " }"
+)
+_HELD_REGISTERS = gl.constexpr(",".join(["=r"] * OPERAND.value + ["r"] * OPERAND.value))
+
+
+@gluon.jit
+def _held(codes):
+    """A tile's first operand, computed here: ptxas would move that behind the wait, did no branch depend on it. The
+    branch is never taken: no code less its zero point is subnormal."""
+    return gl.inline_asm_elementwise(
+        _HELD, _HELD_REGISTERS, [codes], dtype=codes.dtype, is_pure=False, pack=2 * OPERAND
+    )
 
 
 @gluon.jit
@@ -92,6 +118,7 @@ def _sm90_moe_few(
     WARPS: gl.constexpr,
     TILES: gl.constexpr,  # of 64 columns, a part
     EVEN: gl.constexpr,  # every part has so many
+    READY: gl.constexpr,  # tiles that are operands before the kernel before this one ends
 ):
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     STREAMS: gl.constexpr = 2 if GATED else 1
@@ -120,6 +147,10 @@ def _sm90_moe_few(
     # Rows of shared memory are columns of the product: the x of every part.
     SLAB: gl.constexpr = _chunk(512, TILES)  # tiles
     shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    across: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    rooms = ()
+    for _ in gl.static_range(STREAMS):
+        rooms = rooms + (gl.allocate_shared_memory(gl.float32, [WARPS, 16], across),)
     xs = ()
     for _ in gl.static_range(TILES // SLAB):
         xs = xs + (gl.allocate_shared_memory(DTYPE, [COLUMNS, 64 * SLAB], shared),)
@@ -168,6 +199,15 @@ def _sm90_moe_few(
                 else:
                     words = words + (gl.load(at_ptr, mask=mask, eviction_policy="evict_first"),)
 
+    eights = gl.full([WARPS, 8, GROUPS, 2], 8, gl.int32, rows_layout(WARPS, GROUPS))
+    row = gl.arange(0, 16 * WARPS, gl.SliceLayout(1, mma))
+    if SUMMED and shares_ptr is not None:
+        share = gl.load(shares_ptr + slot * TOP_K + row // 16, mask=row // 16 < TOP_K, other=0.0).to(gl.float32)
+    ready = ()
+    for i in gl.static_range(READY):
+        zero = zero_lanes(eights if zeros_ptr is None else zeros[i // CHUNK], DTYPE)
+        codes = operand(centred(words[i], zero, DTYPE, WARPS), None, DTYPE, WARPS, a_layout)
+        ready = ready + (_held(codes),)
     if EARLY:
         wait_for_the_kernel_before()
         let_the_next_kernel_start()
@@ -177,7 +217,6 @@ def _sm90_moe_few(
     async_copy.wait_group(0)
     workgroup_barrier()
 
-    eights = gl.full([WARPS, 8, GROUPS, 2], 8, gl.int32, rows_layout(WARPS, GROUPS))
     accs = ()
     for _ in gl.static_range(STREAMS):
         accs = accs + (gl.zeros([16 * WARPS, COLUMNS], gl.float32, mma),)
@@ -185,39 +224,31 @@ def _sm90_moe_few(
         parts = ()
         for _ in gl.static_range(STREAMS):
             parts = parts + (gl.zeros([16 * WARPS, COLUMNS], gl.float32, mma),)
-        for i in gl.static_range(CHUNK):
-            slab = xs[(c * CHUNK + i) // SLAB]
-            if GROUPS == 1:
-                x = slab.slice((c * CHUNK + i) % SLAB * 64, 64, 1).permute((1, 0)).load(b_layout)
-            else:
-                x = slab.slice((c * CHUNK + i) % SLAB * 64, 32, 1).permute((1, 0)).load(b_layout)
-                far_x = slab.slice((c * CHUNK + i) % SLAB * 64 + 32, 32, 1).permute((1, 0)).load(b_layout)
+        for i in gl.static_range(c * CHUNK, (c + 1) * CHUNK):
+            x = columns_of(xs[i // SLAB], i % SLAB * 64, GROUPS, b_layout)
             for s in gl.static_range(STREAMS):
-                zero = zero_lanes(eights if zeros_ptr is None else zeros[c * STREAMS + s], DTYPE)
-                pairs = centred(words[(c * CHUNK + i) * STREAMS + s], zero, DTYPE, WARPS)
-                if GROUPS == 1:
-                    parts = put(parts, s, mma_v2(operand(pairs, None, DTYPE, WARPS, a_layout), x, parts[s]))
+                if i < READY:
+                    codes = (ready[i],)
                 else:
-                    near, far = halves(pairs, DTYPE, WARPS, a_layout)
-                    scale, far_scale = gl.split(scales[c * STREAMS + s].permute([0, 1, 3, 2]))
-                    part_sum = mma_v2(near, x, parts[s])
-                    far_sum = mma_v2(far, far_x, parts[s])
-                    acc = accs[s] + part_sum * beside_sums(scale, WARPS, mma)
-                    accs = put(accs, s, acc + far_sum * beside_sums(far_scale, WARPS, mma))
+                    zero = zero_lanes(eights if zeros_ptr is None else zeros[c * STREAMS + s], DTYPE)
+                    pairs = centred(words[i * STREAMS + s], zero, DTYPE, WARPS)
+                    codes = operands(pairs, GROUPS, DTYPE, WARPS, a_layout)
+                acc, part = multiplied(accs[s], parts[s], codes, x, scales[c * STREAMS + s], GROUPS, WARPS, mma)
+                accs, parts = put(accs, s, acc), put(parts, s, part)
         if GROUPS == 1:
             for s in gl.static_range(STREAMS):
                 accs = put(accs, s, accs[s] + parts[s] * beside_sums(scales[c * STREAMS + s], WARPS, mma))
 
-    row = gl.arange(0, 16 * WARPS, gl.SliceLayout(1, mma))
     mine = gl.expand_dims(row // 16, 1) == gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(0, mma)), 0)
-    sums = ()
     for s in gl.static_range(STREAMS):
         total = gl.sum(gl.where(mine, accs[s], 0.0), 1)
         if SUMMED and shares_ptr is not None:
-            has_share = row // 16 < TOP_K
-            share = gl.load(shares_ptr + slot * TOP_K + row // 16, mask=has_share, other=0.0).to(gl.float32)
-            total = total * share
-        total = gl.sum(total.reshape([WARPS, 16]), 0)
+            total *= share
+        rooms[s].store(total.reshape([WARPS, 16]))
+    of_warps: gl.constexpr = gl.BlockedLayout([WARPS, 1], [1, 32], [1, WARPS], [1, 0])
+    sums = ()
+    for s in gl.static_range(STREAMS):
+        total = gl.sum(rooms[s].load(of_warps), 0)
         if shares_ptr is not None and not SUMMED:
             total *= gl.load(shares_ptr + slot).to(gl.float32)
         sums = sums + (total,)
@@ -249,61 +280,30 @@ def few(
     ids, shares = topk_ids.contiguous(), topk_weights.contiguous()
     hidden = out.new_empty((ids.numel(), w2.k))
     inputs, outputs = (shares, None) if weight_input else (None, shares)
-    gemm1 = _gemm(hidden, x, w13, ids, inputs, top_k, activation, gated, False, False, parts)
+    layer: dict[str, Any] = {"experts": ids, "top_k": top_k}
+    one = ExpertGemm(out=hidden, x=x, weight=w13, shares=inputs, activation=activation, gated=gated, **layer)
+    layer |= {"x": hidden, "weight": w2, "shares": outputs}
     if top_k <= MOST_PARTS:
-        warps = 4 if top_k <= 4 else 8
-        return gemm1, _gemm(out, hidden, w2, ids, outputs, top_k, None, False, True, True, warps)
-    y = out.new_empty((ids.numel(), w2.n))
-    gemm2 = _gemm(y, hidden, w2, ids, outputs, top_k, None, False, False, True, 4)
-    return gemm1, gemm2, placed_sums(out, y, ids, w2.experts)
+        two, warps, sums = ExpertGemm(out=out, **layer), 4 if top_k <= 4 else 8, ()
+    else:
+        y = out.new_empty((ids.numel(), w2.n))
+        two, warps, sums = ExpertGemm(out=y, **layer), 4, (placed_sums(out, y, ids, w2.experts),)
+    gemm1 = _launch(one, ids.numel(), parts)
+    return gemm1, _launch(two, two.out.shape[0], warps, early=True, summed=not sums), *sums
 
 
-def _gemm(
-    out: Tensor,
-    x: Tensor,
-    weight: PackedWeight,
-    ids: Tensor,
-    shares: Tensor | None,
-    top_k: int,
-    activation: str | None,
-    gated: bool,
-    summed: bool,
-    early: bool,
-    warps: int,
-) -> Launch:
-    """summed: over the slots of a token, into out [tokens, N]; early: x has a row a slot, of the launch before."""
-    n, k = weight.n, weight.k
-    tiles = triton.cdiv(k, TILE)
-    mine = tiles if summed else triton.cdiv(tiles, warps)
-    grid = triton.cdiv(n // (2 if gated else 1), 16), ids.shape[0] if summed else ids.numel()
-    args = {
-        "out_ptr": out,
-        "x_ptr": x,
-        "codes_ptr": weight.codes,
-        "scales_ptr": weight.scales,
-        "zeros_ptr": weight.zeros,
-        "shares_ptr": shares,
-        "expert_ptr": ids,
-        "N": n,
-        "K": k,
-        "out_stride": out.stride(0),
-        "x_stride": x.stride(0),
-        "codes_expert": weight.codes.stride(0),
-        "codes_stride": tiles * TILE_WORDS,
-        "scales_expert": weight.scales.stride(0),
-        "scales_stride": weight.scales.shape[-1],
-    }
+def _launch(it: ExpertGemm, rows: int, warps: int, *, early: bool = False, summed: bool = False) -> Launch:
+    """rows: of out. early: x is of the launch before, which does not write experts. summed: over the slots of a token,
+    into out [tokens, N]."""
+    mine = it.tiles if summed else triton.cdiv(it.tiles, warps)
+    grid = triton.cdiv(it.width, 16), rows
+    ready = early and math.prod(grid) <= SMS and groups_a_tile(it.weight.group) == 1
     constants = {
-        "EXPERTS": weight.experts,
-        "GROUP": tiles * TILE if weight.group == k else weight.group,
-        "TOP_K": top_k,
-        "ACTIVATION": activation,
-        "GATED": gated,
         "SUMMED": summed,
         "EARLY": early,
         "WARPS": warps,
         "TILES": mine,
-        "EVEN": summed or mine * warps == tiles,
+        "EVEN": summed or mine * warps == it.tiles,
+        "READY": min(READY, mine) if ready else 0,
     }
-    options = {"num_warps": warps, "launch_pdl": True}
-    return Launch(fn=_sm90_moe_few, grid=grid, args=args, constants=constants, options=options)
+    return it.launch(_sm90_moe_few, grid, args={}, constants=constants, options={"num_warps": warps})

@@ -14,6 +14,8 @@ columns needs.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ from .packed import PackedWeight
 SM90 = "SM90"
 TILE = 64  # rows, and columns, of a tile
 TILE_WORDS = TILE * TILE // CODES_PER_WORD
-BLOCK_TILES = 1 << 14  # tiles packed at a time: temporaries of 50 MB
+BLOCK_TILES = 1 << 16  # tiles packed at a time: temporaries of 200 MB, a layer of 8B
 
 
 def sm90_group(group: int, k: int) -> str | None:
@@ -48,15 +50,31 @@ def pack_sm90(weight: QuantizedWeight, act: torch.dtype) -> tuple[Tensor, Tensor
     rows, columns = -(-n // TILE), -(-k // TILE)
     codes = weight.codes.new_empty((*lead, rows, columns * TILE_WORDS))
     step = max(1, BLOCK_TILES // columns)
-    experts = zip(weight.codes.view(-1, n, k // 8), codes.view(-1, *codes.shape[-2:]), strict=True)
-    for plain, packed in () if codes.is_meta else experts:
-        for start in range(0, rows, step):
+    high = n if n % TILE else n * lead.numel()  # rows of whole tiles are one weight's as well as several experts'
+    stacks = zip(weight.codes.view(-1, high, k // 8), codes.view(-1, -(-high // TILE), codes.shape[-1]), strict=True)
+    for plain, packed in () if codes.is_meta else stacks:
+        for start in range(0, len(packed), step):
             block, tiles = plain[start * TILE : (start + step) * TILE], packed[start : start + step]
             _tile(_padded(block, columns * TILE // CODES_PER_WORD, len(tiles) * TILE), tiles)
     groups = sm90_groups(weight.group, k)
     scales = _rows_paired(_padded(weight.scales.to(act), groups, rows * TILE))
     zeros = None if weight.zeros is None else _rows_paired(_padded(weight.zeros, groups, rows * TILE))
     return codes, scales, zeros
+
+
+def rows_sm90(packed: PackedWeight, start: int, stop: int) -> PackedWeight:
+    """Rows of whole tiles as a weight of their own."""
+
+    def taken(grid: Tensor) -> Tensor:
+        return grid[..., start:stop].clone(memory_format=torch.contiguous_format)
+
+    return replace(
+        packed,
+        codes=packed.codes[start // TILE : stop // TILE].clone(),
+        scales=taken(packed.scales),
+        zeros=None if packed.zeros is None else taken(packed.zeros),
+        n=stop - start,
+    )
 
 
 def unpack_sm90(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:

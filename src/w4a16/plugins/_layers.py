@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
-from ..api import pack, pack_experts
+from ..api import pack_all, pack_experts
 from ..checkpoints import FORMATS, Checkpoint, Scheme
 from ..checkpoints.base import CHANNEL
 from ..checkpoints.stream import Stream
@@ -121,14 +121,14 @@ def read(checkpoint: Checkpoint, places: Places, device_of: Callable[[str], torc
 
 
 def warm(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-    """Packs the smallest weight and drops it: CUDA loads the code of each kernel when it first runs, 0.1 s in all.
+    """Packs the smallest weight, two as one, and drops them: CUDA loads each kernel when it first runs, 0.1 s in all.
 
     For a thread beside transformers' part of a load. What is wrong with the weight will be said when it is loaded.
     """
     with suppress(Exception):
         smallest = min(checkpoint.quantized, key=lambda name: checkpoint.plan(name).n * checkpoint.plan(name).k)
         with Stream(checkpoint, [(smallest, device)], readers=1) as stream:
-            pack(stream.weight(smallest), device=device, act=dtype)
+            pack_all([stream.weight(smallest)] * 2, device=device, act=dtype)
 
 
 def fill(
@@ -143,12 +143,17 @@ def fill(
         for name, stored in places.large.items():
             with within_memory(name, device_of(model, name)):
                 model.get_parameter(name).data = stream.tensor(stored)  # in place: it may be tied
+        read: list[QuantizedWeight] = []
         for at, name in enumerate(tqdm(names, desc="Packing weights")):
             module, device = model.get_submodule(name), device_of(model, name)
             with within_memory(f"{name}, weight {at + 1} of {len(names)}", device):
                 if name in places.linears:
-                    weight = shards.linear(name, stream.weight(places.linears[name]))
-                    module.set(pack(weight, device=device, act=dtype))
+                    read.append(shards.linear(name, stream.weight(places.linears[name])))
+                    if not stream.more or at + 1 == len(places.linears):
+                        packed = pack_all(read, device=device, act=dtype)
+                        for owner, weight in zip(names[at + 1 - len(read) : at + 1], packed, strict=True):
+                            model.get_submodule(owner).set(weight)
+                        read.clear()
                 else:
                     w13, w2 = shards.experts(name, *checkpoint.experts(places.experts[name].prefix, stream))
                     module.set(*pack_experts(w13, w2, device=device, act=dtype))

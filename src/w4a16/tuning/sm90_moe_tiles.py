@@ -21,6 +21,7 @@ class Sm90MoeTile:
     block_m       slots a block of one expert has at most. 1: slots are not sorted. 1, 8 and 16 take mma.sync; 32, 64
                   and 128 take wgmma, a block with fewer rows a narrower product
     stages        tiles of x and of codes, 64 columns each, in the ring (wgmma)
+    residents     programs an SM holds at a time (wgmma)
     gemm1, gemm2  the tiles of mma.sync
     parts         for blocks of 1 in gated layers without act-order: warps that share K of gemm1, in programs that
                   ask for all of their codes at their start (sm90_moe_few); 0: gemm1 and gemm2 serve these too
@@ -28,6 +29,7 @@ class Sm90MoeTile:
 
     block_m: int
     stages: int = 6
+    residents: int = 1
     gemm1: Sm90DecodeTile | None = None
     gemm2: Sm90DecodeTile | None = None
     parts: int = 0
@@ -61,7 +63,9 @@ def sm90_moe_limit(tile: Sm90MoeTile, problem: Problem, device: Device) -> str |
         return f"block_m must be one of {', '.join(map(str, NARROW + WIDE))}, not {tile.block_m}"
     if tile.stages < 2:
         return f"stages must be at least 2, not {tile.stages}"
-    shared = sm90_moe_shared_bytes(tile)
+    if tile.residents != 1 and (tile.residents, tile.block_m) != (2, 32):
+        return f"residents must be 1, or 2 for blocks of 32, not {tile.residents} for blocks of {tile.block_m}"
+    shared = sm90_moe_shared_bytes(tile) * tile.residents
     return None if shared <= device.shared_bytes else f"{shared} bytes of shared memory, not {device.shared_bytes}"
 
 
@@ -76,6 +80,6 @@ def _few_limit(tile: Sm90MoeTile, problem: Problem) -> str | None:
 
 def sm90_moe_shared_bytes(tile: Sm90MoeTile) -> int:
     """The ring (x, codes, scales and zero points of groups of 32, barriers) and the output on its way out in fp32."""
-    weight = TILE * TILE // 2 + 2 * 256
+    weight = TILE * TILE // 2 + 2 * TILE * 3
     stage = 2 * TILE * tile.block_m + 4 * weight + 16
     return tile.stages * stage + 8 * TILE * tile.block_m + 1024

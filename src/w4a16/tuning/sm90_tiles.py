@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from ..device import Device
 from ..layouts.sm90 import TILE
 from ..problem import Problem
 
 MOST_CLUSTER = 8  # programs of a cluster on every Hopper GPU
-SPLITS = (1, 2, 3, 4, 6, 8)
-ADDING_TILES = 4  # what adding the parts of a cluster takes, in tiles of 64 x 64 a program reads: 1 to 1.5 us
+SPLITS = (1, 2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sm90DecodeTile:
-    """16 * warps rows of W a program.
+    """16 * warps / parts rows of W a program.
 
+    parts      of K, that the warps of a program share
     depth      tiles of 64 columns on their way, in registers
     split_k    programs of a cluster that share K; 0: as many as fill the SMs
     slabs      of x (depth tiles wide) that shared memory holds whole; more than these pass through a ring
     ring       slabs of that ring: one is read while the others are on their way
-    residents  programs an SM holds at a time, by the registers they take
+    residents  programs an SM holds at a time by the registers they take; settled: the most it may hold
     registers  the most a thread may have; 0: as many as the compiler likes
     """
 
     warps: int = 4
+    parts: int = 1
     depth: int = 8
     split_k: int = 0
     slabs: int = 3
     ring: int = 3
     residents: int = 5
     registers: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Of W, a program."""
+        return 16 * self.warps // self.parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,7 @@ class Sm90PrefillTile:
     in_turn     warpgroups start their products one after the other
     registers   a thread has at the start; fewer than fill an SM leave room for programs of the next launch; 0: all
     split_k     parts of K; 0: as many as end first (`sm90_us`)
+    paired      two parts, added by the two programs of a cluster; else a second launch adds them
     step_ns     measured: 64 columns of K, on every SM
     """
 
@@ -56,13 +63,16 @@ class Sm90PrefillTile:
     in_turn: bool = False
     registers: int = 0
     split_k: int = 0
+    paired: bool = False
     step_ns: float = 0.0
 
 
-# Of the time of a launch, fitted to 444 measurements (docs/measured.md, #7): microseconds, and per byte of the parts.
-# FULL_US: tiles that leave no registers for the programs that add the parts; ALONE: a step of a program that has an SM
-# to itself where two could have it.
-WAVE_US, ADD_US, ADD_US_PER_BYTE, FULL_US, ALONE = 1.80, 1.62, 0.236e-6, 2.55, 0.58
+# Of the time of a launch, fitted to 412 measurements (docs/measured.md, #7): microseconds, and per byte of the parts.
+# TWO_US: two programs on every SM. FULL_US: tiles that leave no registers for the programs that add the parts. ALONE: a
+# step of a program that has an SM to itself where two could have it. BOX_NS: a box of x, where a block is not whole.
+WAVE_US, TWO_US, ADD_US, ADD_US_PER_BYTE, FULL_US = 1.70, 0.57, 0.44, 0.307e-6, 2.55
+PAIR_US, PAIR_US_PER_BYTE = 1.11, 0.175e-6
+ALONE, BOX_NS = 0.81, 43.0
 
 
 def cdiv(a: int, b: int) -> int:
@@ -73,45 +83,49 @@ def _blocks(tile: Sm90PrefillTile, problem: Problem) -> int:
     return cdiv(problem.m, tile.block_m) * cdiv(problem.n, TILE * tile.warpgroups)
 
 
+def _boxes(tile: Sm90PrefillTile, m: int) -> int:
+    """Boxes of x that copy the last block's rows where it is not whole, but for those of its whole products."""
+    left, rest = m % tile.block_m, tile.block_m
+    main, odd = 1 << rest.bit_length() >> 1, rest & -rest
+    while rest and left >= (product := 1 << rest.bit_length() >> 1):
+        left, rest = left - product, rest - product
+    return cdiv(left, max(min(main // 4, odd), 8))
+
+
 def sm90_us(tile: Sm90PrefillTile, problem: Problem, device: Device) -> float:
     """Predicted microseconds, but for a constant: whole waves of programs, and adding the parts where K is split."""
     units = _blocks(tile, problem) * tile.split_k
     slots = device.compute_units * tile.residents
     steps = cdiv(cdiv(problem.k, tile.block_k), tile.split_k) * (tile.block_k // TILE)
-    step_us = tile.step_ns * 1e-3 * (ALONE if tile.residents > 1 and units <= device.compute_units else 1.0)
-    us = cdiv(units, slots) * (WAVE_US + steps * step_us)
+    two = tile.residents > 1 and units > device.compute_units
+    step_ns = tile.step_ns * (ALONE if tile.residents > 1 and not two else 1.0)
+    step_us = 1e-3 * max(step_ns, BOX_NS * _boxes(tile, problem.m))
+    us = cdiv(units, slots) * (WAVE_US + steps * step_us) + (TWO_US if two else 0.0)
     if tile.split_k == 1:
         return us
-    parts = 8 * tile.split_k * problem.m * problem.n  # bytes written and read
+    parts = 8 * tile.split_k * problem.m * problem.n  # bytes written and read, by a pair half of them
+    if tile.paired:
+        return us + PAIR_US + parts / 2 * PAIR_US_PER_BYTE
     crowded = not tile.registers and units > 0.8 * slots
     return us + ADD_US + parts * ADD_US_PER_BYTE + (FULL_US if crowded else 0.0)
 
 
-def prefill_splits(tile: Sm90PrefillTile, problem: Problem, device: Device) -> Iterable[int]:
-    """Numbers of parts worth a thought: at most one wave of programs, 512 columns a part."""
-    units = _blocks(tile, problem)
+def prefill_choices(tile: Sm90PrefillTile, problem: Problem, device: Device) -> Iterator[Sm90PrefillTile]:
+    """The tile with K in every number of parts worth a thought: at most one wave of programs, 512 columns a part."""
+    units, slots = _blocks(tile, problem), device.compute_units * tile.residents
     for split in SPLITS:
-        if split == 1 or (units * split <= device.compute_units * tile.residents and problem.k >= 512 * split):
-            yield split
+        if split == 1 or (units * split <= slots and problem.k >= 512 * split):
+            yield replace(tile, split_k=split)
+            if split == 2 and _unpaired(tile) is None:
+                yield replace(tile, split_k=split, paired=True)
 
 
-def decode_split(tile: Sm90DecodeTile, problem: Problem, device: Device) -> int:
-    """The parts of K that end first, by what a program waits for its memory and what all of them read.
-
-    In tiles of a program of four warps with eight tiles on their way, of which three keep an SM's memory busy.
-    """
-    blocks, tiles = cdiv(problem.n, 16 * tile.warps), cdiv(problem.k, TILE)
-
-    def cost(split: int) -> float:
-        mine = cdiv(tiles, split * tile.depth) * tile.depth
-        an_sm = blocks * split / device.compute_units
-        turns = max(an_sm / tile.residents, 1.0)
-        waiting = turns * mine * 8 / tile.depth
-        reading = (an_sm + (turns > 1)) * mine * tile.warps / 12  # a last one ends alone
-        return max(waiting, reading) + (ADDING_TILES * turns if split > 1 else 0)  # every wave adds its parts
-
-    splits = [split for split in (1, 2, 4, 8) if split <= max(1, tiles // tile.depth)]
-    return min(splits, key=cost)
+def _unpaired(tile: Sm90PrefillTile) -> str | None:
+    """Why no two programs can share a block's columns, or None: ptxas spills where sums are many, or three products."""
+    roomy = tile.warpgroups < 3 and not (tile.block_m == 256 and tile.registers)
+    if roomy and tile.block_m % 16 == 0 and tile.block_m.bit_count() < 3:
+        return None
+    return f"paired needs a block_m of two powers of two at most, 16 or more, not {tile.block_m} of {tile.warpgroups}"
 
 
 def sm90_limit(tile: Sm90DecodeTile | Sm90PrefillTile, problem: Problem, device: Device) -> str | None:
@@ -120,32 +134,45 @@ def sm90_limit(tile: Sm90DecodeTile | Sm90PrefillTile, problem: Problem, device:
         return f"its instructions are those of sm90; this is {device.arch}"
     if tile.split_k < 1:
         return "split_k is settled by tuning rows alone: give a number of parts"
-    return _decode_limit(tile, problem) if isinstance(tile, Sm90DecodeTile) else _prefill_limit(tile, device)
+    return _decode_limit(tile, problem, device) if isinstance(tile, Sm90DecodeTile) else _prefill_limit(tile, device)
 
 
-def _decode_limit(tile: Sm90DecodeTile, problem: Problem) -> str | None:
+def _decode_limit(tile: Sm90DecodeTile, problem: Problem, device: Device) -> str | None:
     if problem.m > 16:
         return f"m must be at most 16, not {problem.m}"
     if tile.warps not in (4, 8, 16):
         return f"warps must be 4, 8 or 16, not {tile.warps}"
+    if tile.parts not in (1, 2, 4, 8) or tile.parts > tile.warps:
+        return f"parts must be 1, 2, 4 or 8 and at most warps ({tile.warps}), not {tile.parts}"
+    if tile.parts > 1 and problem.experts:
+        return f"parts must be 1 for experts, not {tile.parts}"
     if tile.depth not in (2, 4, 8, 16):
         return f"depth must be 2, 4, 8 or 16, not {tile.depth}"
     if tile.split_k not in (1, 2, 4, 8):
         return f"split_k must be 1, 2, 4 or 8 (a cluster has at most {MOST_CLUSTER} programs), not {tile.split_k}"
     if not 2 <= tile.ring <= tile.slabs:
         return f"ring must be 2 to slabs ({tile.slabs}), not {tile.ring}"
+    shared = decode_shared_bytes(tile, problem.m, problem.k, problem.group, problem.has_zeros)
+    if shared > device.shared_bytes:
+        return f"{shared} bytes of shared memory, {device.arch} has {device.shared_bytes}"
     return None
 
 
 def _prefill_limit(tile: Sm90PrefillTile, device: Device) -> str | None:
-    if tile.block_m not in (8, 16, 32, 64, 96, 128, 160, 192, 256):
-        return f"block_m must be a power of two of 8 to 256, or 96, 160 or 192, not {tile.block_m}"
+    if tile.block_m not in (8, 16, 32, 64, 80, 96, 128, 136, 144, 160, 192, 224, 256):
+        return f"block_m must be a power of two of 8 to 256, or 80, 96, 136, 144, 160, 192 or 224, not {tile.block_m}"
     if tile.warpgroups not in (1, 2, 3):
         return f"warpgroups must be 1, 2 or 3, not {tile.warpgroups}"
     if tile.in_turn and tile.warpgroups == 1:
         return "in_turn needs two warpgroups or three, not 1"
-    if tile.block_k not in (64, 128, 256) or tile.stages < 2 * tile.block_k // TILE:
-        return f"block_k must be 64, 128 or 256 and the ring two of them: block_k={tile.block_k}, stages={tile.stages}"
+    if tile.paired and (tile.split_k != 2 or _unpaired(tile)):
+        return _unpaired(tile) or f"paired needs two parts of K, not {tile.split_k}"
+    if (
+        tile.block_k not in (64, 128, 256)
+        or tile.stages < 2 * tile.block_k // TILE
+        or tile.stages * TILE % tile.block_k
+    ):
+        return f"block_k must be 64, 128 or 256 and the ring two or more: block_k={tile.block_k}, stages={tile.stages}"
     shared = sm90_shared_bytes(tile)
     if shared * tile.residents > device.shared_bytes:
         return f"{shared} bytes of shared memory x {tile.residents}, {device.arch} has {device.shared_bytes}"
@@ -156,5 +183,32 @@ def sm90_shared_bytes(tile: Sm90PrefillTile) -> int:
     """The ring (x, codes, scales and zero points of groups of 32, barriers) and the output on its way out."""
     weight = TILE * TILE // 2 + 2 * 256
     stage = 2 * TILE * tile.block_m + tile.warpgroups * weight + 16
-    out = 0 if tile.split_k > 1 else 2 * TILE * tile.block_m * tile.warpgroups
+    outs = 1.0 if tile.split_k == 1 else 0.5 if tile.paired else 0.0  # of a block's rows that one program stores
+    out = int(outs * 2 * TILE * tile.block_m * tile.warpgroups)
     return tile.stages * stage + out + 1024
+
+
+def group_of_tiles(group: int, k: int) -> int:
+    """The columns of a group; where it is all of K, those of whole tiles."""
+    return cdiv(k, TILE) * TILE if group == k else group
+
+
+def _chunk(tile: Sm90DecodeTile, k: int, group: int) -> int:
+    """Tiles in a row that surely share their scales, of depth on their way."""
+    tiles = max(group_of_tiles(group, k) // TILE, 1)
+    return min(tiles & -tiles, tile.depth)
+
+
+def decode_share(tile: Sm90DecodeTile, k: int, group: int) -> int:
+    """The tiles of a part of K, in whole chunks; the last part may have fewer, or none."""
+    chunk = _chunk(tile, k, group)
+    return cdiv(cdiv(cdiv(k, TILE), tile.parts * tile.split_k), chunk) * chunk
+
+
+def decode_shared_bytes(tile: Sm90DecodeTile, m: int, k: int, group: int, has_zeros: bool) -> int:
+    """Slabs of x, scales and zero points; what adds the parts of a program takes their place."""
+    trips = cdiv(decode_share(tile, k, group), tile.depth)
+    slabs = trips if trips <= tile.slabs else tile.ring
+    lines = 2 * tile.depth if group_of_tiles(group, k) == 32 else tile.depth // _chunk(tile, k, group)
+    x = 2 * tile.parts * (8 if m <= 8 else 16) * TILE * tile.depth
+    return slabs * (x + lines * 16 * tile.warps * (3 if has_zeros else 2))

@@ -27,7 +27,8 @@ from typing import Any
 from ..device import Device
 from ..errors import Unsupported
 from ..problem import Problem
-from .sm90_tiles import Sm90DecodeTile, Sm90PrefillTile, decode_split, prefill_splits, sm90_us
+from .sm90_decode_tiles import settled
+from .sm90_tiles import Sm90DecodeTile, Sm90PrefillTile, prefill_choices, sm90_us
 from .tiles import TILES
 
 _CONDITIONS: dict[str, Callable[[Any, Problem, Device], bool]] = {
@@ -67,9 +68,9 @@ class TuningRow:
     use: bool = True
     conditions: dict[str, Any] = field(default_factory=dict, hash=False)
 
-    def split(self, split_k: int) -> TuningRow:
-        """The same row, K split."""
-        return replace(self, tile=replace(self.tile, split_k=split_k))
+    def with_tile(self, tile: Any) -> TuningRow:
+        """The same row, what its tile leaves open settled."""
+        return replace(self, tile=tile)
 
     def covers(self, problem: Problem, device: Device) -> bool:
         return self.use and all(_CONDITIONS[name](v, problem, device) for name, v in self.conditions.items())
@@ -109,11 +110,11 @@ def covering_row(stem: str, problem: Problem, device: Device) -> TuningRow | Non
     that a model of its time finds fastest. A split of K that the row leaves open is settled here.
     """
     rows = [row for row in device_rows(stem, device) if row.covers(problem, device)]
-    if not rows or not isinstance(rows[0].tile, Sm90DecodeTile | Sm90PrefillTile) or rows[0].tile.split_k:
+    if rows and isinstance(rows[0].tile, Sm90DecodeTile):
+        return rows[0].with_tile(settled(rows[0].tile, problem, device))
+    if not rows or not isinstance(rows[0].tile, Sm90PrefillTile) or rows[0].tile.split_k:
         return rows[0] if rows else None
-    if isinstance(rows[0].tile, Sm90DecodeTile):
-        return rows[0].split(decode_split(rows[0].tile, problem, device))
-    choices = [row.split(split) for row in rows for split in prefill_splits(row.tile, problem, device)]
+    choices = [row.with_tile(tile) for row in rows for tile in prefill_choices(row.tile, problem, device)]
     return min(choices, key=lambda row: sm90_us(row.tile, problem, device))
 
 

@@ -1,0 +1,95 @@
+"""What sm90_decode has in shared memory for a trip, and how its warps share K: products of several parts at once."""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from ..compat import copy_to_shared
+from ._sm90 import rows_layout
+
+
+@gluon.jit
+def keep_loads_in_order():
+    """No load passes this. ptxas moves what the next trip reads to the end of this one, where nothing is on its way."""
+    gl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def keep_shared_memory(KIB: gl.constexpr):
+    """Takes so much beside what is in use here, for nothing but that another program finds no room on this SM."""
+    if KIB > 0:
+        layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        gl.allocate_shared_memory(gl.int8, [KIB, 1024], layout)._keep_alive()
+
+
+@gluon.constexpr_function
+def _asked_layout(columns, size, warps):
+    """Of [groups, columns]: 16 bytes a thread."""
+    return gl.BlockedLayout([1, size], [32 * size // columns, columns // size], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _read_layout(groups, warps):
+    """Of [groups, 16 * warps]: each thread has its two rows."""
+    return gl.SliceLayout(0, gl.BlockedLayout([1, groups, 2], [4, 1, 8], [1, 1, warps], [0, 2, 1]))
+
+
+@gluon.jit
+def ask_groups(
+    slab,  # [groups of a trip, PARTS * ROWS]
+    rows_ptr,  # scales or zero points of the first row, [K/G, rows]
+    stride,
+    rows,  # that are there
+    part,
+    tile,  # the trip's first one in each part
+    share,
+    tiles,
+    GROUP: gl.constexpr,
+    CHUNK: gl.constexpr,
+    PARTS: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """Starts copying what the groups of a trip have for each row: one line of the slab for CHUNK tiles, or two for a
+    tile of two groups; zeros past the end of K."""
+    COLUMNS: gl.constexpr = slab.shape[1]
+    ROWS: gl.constexpr = COLUMNS // PARTS
+    layout: gl.constexpr = _asked_layout(COLUMNS, 128 // slab.dtype.primitive_bitwidth, WARPS)
+    line = gl.expand_dims(gl.arange(0, slab.shape[0], gl.SliceLayout(1, layout)), 1)
+    column = gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(0, layout)), 0)
+    row = column % ROWS
+    first = (part + column // ROWS) * share
+    if GROUP == 32:
+        mine = tile + line // 2
+        group = (first + tile) * 2 + line
+    else:
+        mine = tile + line * CHUNK
+        group = (first + mine) * 64 // GROUP
+    copy_to_shared(slab, rows_ptr + group * stride + row, mask=(mine < share) & (first + mine < tiles) & (row < rows))
+
+
+@gluon.jit
+def of_chunk(slab, c: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr):
+    """What chunk c of a trip has for each row: [WARPS, 8, GROUPS, 2]."""
+    rows = slab.slice(c * GROUPS, GROUPS, 0).load(_read_layout(GROUPS, WARPS))
+    rows = rows.reshape([GROUPS, WARPS, 8, 2]).permute([1, 2, 0, 3])
+    return gl.convert_layout(rows, rows_layout(WARPS, GROUPS), assert_trivial=True)
+
+
+@gluon.jit
+def of_parts(a, PARTS: gl.constexpr, layout: gl.constexpr):
+    """The first operand [16 * WARPS, columns] of one product as that of PARTS products; nothing moves."""
+    ROWS: gl.constexpr = a.shape[0] // PARTS
+    return gl.convert_layout(a.reshape([PARTS, ROWS, a.shape[1]]), layout, assert_trivial=True)
+
+
+@gluon.jit
+def beside_parts(scales, WARPS: gl.constexpr, PARTS: gl.constexpr, mma: gl.constexpr):
+    """Scales [WARPS, 8, 2] of a thread's rows as a column beside its sums."""
+    rows = scales.reshape([WARPS, 8, 2]).permute([0, 2, 1]).reshape([PARTS, 16 * WARPS // PARTS])
+    rows = gl.convert_layout(rows, gl.SliceLayout(2, mma), assert_trivial=True)
+    return gl.expand_dims(rows.to(gl.float32), 2)
