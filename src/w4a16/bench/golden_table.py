@@ -11,10 +11,11 @@ from ..errors import BadInput, explain_mismatch
 from ..problem import Problem
 from ..roofline.model import bound_seconds
 from .cases import MODELS, Shape
+from .expert_cases import TOKENS
 from .golden import Row
 from .report import as_markdown
 
-SHOWN = (1, 4, 16, 64, 256, 1024, 4096)  # row counts, or tokens, of the tables
+SHOWN = TOKENS  # row counts, too
 _KINDS = (("bf16", 1), ("fp16", 0), ("fp16", 1))  # beside bf16 symmetric, which the tables show
 
 

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from ..layouts import PackedWeight
 from ..layouts.sm90 import TILE, TILE_WORDS
+from ..tuning.sm90_tiles import group_of_tiles
 from ._launch import Launch
 from ._sm90 import cluster_barrier, operand
 from ._sm90_stream import beside_sums, halves
@@ -80,7 +81,7 @@ class ExpertGemm:
         }
         common = {
             "EXPERTS": weight.experts,
-            "GROUP": self.tiles * TILE if weight.group == weight.k else weight.group,
+            "GROUP": group_of_tiles(weight.group, weight.k),
             "TOP_K": self.top_k,
             "ACTIVATION": self.activation,
             "GATED": self.gated,

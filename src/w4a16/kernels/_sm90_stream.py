@@ -9,14 +9,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ..compat import copy_to_shared
+from ..tuning import sm90_tiles
 from ._sm90 import operand
 
-
-@gluon.constexpr_function
-def chunk_of(group, depth):
-    """Tiles in a row that surely share their scales."""
-    tiles = max(group // 64, 1)
-    return min(tiles & -tiles, depth)
+chunk_of = gluon.constexpr_function(sm90_tiles.chunk_of)
 
 
 @gluon.jit

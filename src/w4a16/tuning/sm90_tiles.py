@@ -193,15 +193,15 @@ def group_of_tiles(group: int, k: int) -> int:
     return cdiv(k, TILE) * TILE if group == k else group
 
 
-def _chunk(tile: Sm90DecodeTile, k: int, group: int) -> int:
-    """Tiles in a row that surely share their scales, of depth on their way."""
-    tiles = max(group_of_tiles(group, k) // TILE, 1)
-    return min(tiles & -tiles, tile.depth)
+def chunk_of(group: int, depth: int) -> int:
+    """Tiles in a row that surely share their scales, of depth on their way; group: as `group_of_tiles` gives it."""
+    tiles = max(group // 64, 1)
+    return min(tiles & -tiles, depth)
 
 
 def decode_share(tile: Sm90DecodeTile, k: int, group: int) -> int:
     """The tiles of a part of K, in whole chunks; the last part may have fewer, or none."""
-    chunk = _chunk(tile, k, group)
+    chunk = chunk_of(group_of_tiles(group, k), tile.depth)
     return cdiv(cdiv(cdiv(k, TILE), tile.parts * tile.split_k), chunk) * chunk
 
 
@@ -209,6 +209,7 @@ def decode_shared_bytes(tile: Sm90DecodeTile, m: int, k: int, group: int, has_ze
     """Slabs of x, scales and zero points; what adds the parts of a program takes their place."""
     trips = cdiv(decode_share(tile, k, group), tile.depth)
     slabs = trips if trips <= tile.slabs else tile.ring
-    lines = 2 * tile.depth if group_of_tiles(group, k) == 32 else tile.depth // _chunk(tile, k, group)
+    columns = group_of_tiles(group, k)
+    lines = 2 * tile.depth if columns == 32 else tile.depth // chunk_of(columns, tile.depth)
     x = 2 * tile.parts * (8 if m <= 8 else 16) * TILE * tile.depth
     return slabs * (x + lines * 16 * tile.warps * (3 if has_zeros else 2))
