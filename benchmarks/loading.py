@@ -32,6 +32,7 @@ import w4a16
 from w4a16.api import pack_all
 from w4a16.checkpoints import FORMATS, Scheme, open_checkpoint, write_checkpoint
 from w4a16.checkpoints.pieces import PIECE_BYTES, Slot
+from w4a16.checkpoints.shards import Files
 from w4a16.checkpoints.stream import READERS, SLOTS, Stream
 from w4a16.nn import W4A16Linear
 from w4a16.weight import QuantizedWeight
@@ -105,14 +106,12 @@ def read_and_copy(folder: Path, device: torch.device) -> int:
     gpu = device.type == "cuda"
 
     def work() -> None:
-        slots = [Slot(gpu) for _ in range(SLOTS // READERS)]
-        opened = {file: file.open("rb", buffering=0) for file in files}
+        slots = [Slot(gpu) for _ in range(SLOTS)]
         copies = torch.Stream(device=device) if gpu else None
-        with copies or nullcontext():
+        with Files() as opened, copies or nullcontext():
             for slot, (file, start) in zip(cycle(slots), pieces, strict=False):
                 slot.wait()
-                opened[file].seek(start)
-                size = opened[file].readinto(slot.view)
+                size = opened.fill(slot.view, file, start)
                 kept[file][start : start + size].copy_(slot.memory[:size], non_blocking=True)
                 slot.copied = copies.record_event() if copies else None
 
@@ -198,7 +197,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is kept, and found the next time")
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--only", action="append", choices=WORK, help="beside read + copy; may be given twice")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before every run")
     args = parser.parse_args()
@@ -222,9 +221,11 @@ def main() -> None:
                     drop_cache(files)
                 runs[what].append(measured(what, folder, torch.device(args.device)))
                 print(f"{what:<13} {runs[what][-1]['seconds']:6.3f} s", flush=True)
-        medians = {what: median(run["seconds"] for run in runs[what]) for what in works}
+        seconds = {what: [run["seconds"] for run in runs[what]] for what in works}
+        medians = {what: median(seconds[what]) for what in works}
         for what in works:
-            line = f"{what:<13} median {medians[what]:.3f} s, {total / medians[what] / 1e9:.2f} GB/s of files"
+            line = f"{what:<13} median {medians[what]:.3f} s ({min(seconds[what]):.3f} to {max(seconds[what]):.3f})"
+            line += f", {total / medians[what] / 1e9:.2f} GB/s of files"
             if what != "read + copy":
                 size = runs[what][0]["bytes"]
                 line += f", {medians[what] / medians['read + copy']:.2f} x read + copy"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from .device import Device, current_device
 from .dispatch import layout_for
 from .errors import BadInput, explain_mismatch
 from .layouts import EXLLAMA, SKINNY, SM90, PackedWeight
-from .layouts.sm90 import TILE, rows_sm90
+from .layouts.sm90 import TILE, split_sm90
 from .ops import linear_call, moe_op
 from .problem import ACT_NAMES, Problem
 from .weight import QuantizedWeight, concat_rows
@@ -53,8 +52,7 @@ def pack_all(
             packed |= {at: pack(weights[at], device=device, act=act) for at in several}
             continue
         joined = pack(concat_rows([weights[at] for at in several]), device=device, act=act, layout=SM90)
-        ends = accumulate(weights[at].n for at in several)
-        packed |= {at: rows_sm90(joined, end - weights[at].n, end) for at, end in zip(several, ends, strict=True)}
+        packed |= zip(several, split_sm90(joined, [weights[at].n for at in several]), strict=True)
     return [packed[at] for at in range(len(weights))]
 
 

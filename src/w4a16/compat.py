@@ -9,7 +9,8 @@ there, these helpers go through fp32; compiled, each is the one operation it nam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import triton
@@ -105,6 +106,25 @@ def launcher(kernel: Any, cluster: int) -> Callable[..., None]:
         run(x, y, z, stream, function, metadata, facts, enter, leave, *args)
 
     return launch
+
+
+@contextmanager
+def compiled_anew() -> Iterator[list[str]]:
+    """Collects the kernels that Triton compiles inside the `with` because its cache on disk has not got them."""
+    names: list[str] = []
+    before = knobs.compilation.listener
+
+    def listen(*, src: Any, cache_hit: bool, **facts: Any) -> None:
+        if not cache_hit:
+            names.append(src.name)
+        if before is not None:
+            before(src=src, cache_hit=cache_hit, **facts)
+
+    knobs.compilation.listener = listen
+    try:
+        yield names
+    finally:
+        knobs.compilation.listener = before
 
 
 def build_launcher(kernel: Any) -> None:

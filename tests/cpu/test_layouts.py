@@ -7,9 +7,10 @@ import torch
 from helpers import random_weight
 
 from w4a16 import Unsupported, layouts, pack, unpack
-from w4a16.layouts import EXLLAMA, EXLLAMA_ORDER, INT4PACK, SKINNY, pad_rows
+from w4a16.layouts import EXLLAMA, EXLLAMA_ORDER, INT4PACK, SKINNY, SM90, pad_rows
 from w4a16.layouts.exllama import codes_stride_bytes, scales_stride_bytes
-from w4a16.weight import QuantizedWeight, unpack_nibbles
+from w4a16.layouts.sm90 import split_sm90
+from w4a16.weight import QuantizedWeight, concat_rows, unpack_nibbles
 
 
 def assert_same(got: QuantizedWeight, wanted: QuantizedWeight) -> None:
@@ -87,6 +88,19 @@ def test_padded_rows_hold_the_same_weight(experts: int) -> None:
     assert padded.zeros is not None
     assert [t.stride(-2) * t.element_size() for t in (padded.codes, padded.scales, padded.zeros)] == [4352, 640, 1152]
     assert_same(unpack(padded), weight)
+
+
+@pytest.mark.parametrize("asym", [False, True])
+def test_weights_packed_as_one_and_split_have_the_bits_of_packing_each(asym: bool) -> None:
+    weights = [random_weight(n, 256, group=64, asym=asym) for n in (64, 192, 128)]
+    joined = layouts.pack(concat_rows(weights), layout=SM90)
+    for weight, part in zip(weights, split_sm90(joined, [64, 192, 128]), strict=True):
+        alone = layouts.pack(weight, layout=SM90)
+        assert (part.n, part.zeros is None) == (weight.n, not asym)
+        for name in ("codes", "scales", "zeros")[: 2 + asym]:
+            got, wanted = getattr(part, name), getattr(alone, name)
+            assert torch.equal(got, wanted)
+            assert got.untyped_storage().nbytes() == got.nbytes
 
 
 def test_gfx11_strides_stay_off_the_cliff() -> None:

@@ -220,14 +220,14 @@ def test_rows_of_the_table_fit_shared_memory() -> None:
 
 
 def test_a_group_that_is_all_of_k_has_one_row_of_scales() -> None:
-    """Groups of 32 have two in a tile of 64 columns, but not where K itself has 32."""
-    for k, rows in ((32, 1), (64, 2)):
+    """Groups of 32 have four in a step of 128 columns, but not where K itself has 32."""
+    for k, rows in ((32, 1), (64, 4)):
         weight = pack(random_weight(64, k, group=32, asym=True), layout=SM90)
         x, out = torch.empty((17, k), dtype=torch.bfloat16), torch.empty((17, 64), dtype=torch.bfloat16)
         (launch,) = plan(out=out, x=x, weight=weight, bias=None, tile=replace(TILE, split_k=1))
         assert launch.args["scales_desc"].block_shape == [rows, 64]
         assert launch.args["zeros_desc"].block_shape == [rows, 128]
-        assert (launch.constants["GROUP"] == 32) == (rows == 2)
+        assert (launch.constants["GROUP"] == 32) == (rows == 4)
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,8 @@ def test_nothing_spills(tokens: int, top_k: int, block: int, group: int, act: to
 
 def test_a_token_with_few_choices_is_summed_by_its_cluster() -> None:
     gemm1, gemm2 = launches(2, 8, 1, 128, BF16, False)
-    assert gemm1.grid == (16 * INTER // 64,)
-    assert (gemm2.cluster, gemm2.grid) == (8, (2 * HIDDEN // 128,))
+    assert gemm1.grid == (16 * INTER // 32,)
+    assert (gemm2.cluster, gemm2.grid) == (8, (2 * HIDDEN // 64,))
     assert len(launches(2, 10, 1, 128, BF16, False)) == 3
 
 

@@ -62,14 +62,13 @@ def test_programs_of_16_rows() -> None:
     assert len(launches(tokens=2, top_k=10)) == 3
 
 
-@pytest.mark.parametrize(("group", "act"), [(128, BF16), (64, FP16)])
-def test_gemm2_unpacks_before_it_waits(group: int, act: torch.dtype) -> None:
-    """Of the four words of a tile each makes four registers, each less its zero point."""
-    _, gemm2 = launches(group=group, act=act)
-    before, _ = compile_launch(gemm2, H100).machine_code.split("ACQBULK")
-    assert before.count("HADD2") == 16 * gemm2.constants["READY"] > 0
-    assert launches(tokens=2, group=group, act=act)[1].constants["READY"] == 0
-    assert launches(group=32, act=act)[1].constants["READY"] == 0
+@pytest.mark.parametrize("asym", [False, True])
+def test_codes_are_asked_for_before_any_wait(asym: bool) -> None:
+    """gemm1 asks for them before it waits for x, gemm2 before it waits for gemm1."""
+    for launch, wait in zip(launches(parts=8, asym=asym), ("DEPBAR.LE", "ACQBULK"), strict=True):
+        before, _, after = compile_launch(launch, H100).machine_code.partition(wait)
+        tiles = launch.constants["TILES"] * (2 if launch.constants["GATED"] else 1)
+        assert (before.count("LDG.E.EF.128"), after.count("LDG.E.EF.128")) == (tiles, 0)
 
 
 def asked(m: int = 1, n: int = 2 * INTER, k: int = HIDDEN, **fields: int) -> Problem:

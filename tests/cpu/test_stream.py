@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import w4a16
 from models import RECIPES, make_checkpoint
 from w4a16 import BadCheckpoint, BadInput, QuantizedWeight
 from w4a16.checkpoints import Checkpoint, open_checkpoint, pieces, stream
+from w4a16.checkpoints.shards import Entry
 from w4a16.checkpoints.stream import Stream
 from w4a16.plugins import _places
 from w4a16.plugins import transformers as plugin
@@ -115,6 +117,41 @@ def test_of_a_batch_the_tensor_where_the_file_ends_is_named(tmp_path: Path) -> N
 
     with pytest.raises(BadCheckpoint, match=f"{last.name} data: got 3 bytes before the file ended"):
         read()
+
+
+def test_what_lies_side_by_side_in_a_file_is_read_at_once(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    places = {"b": (one, 1024), "a": (one, 512), "far": (one, 4096), "odd": (one, 1536), "skewed": (one, 1546)}
+    sizes = {"a": 512, "b": 512, "odd": 10, "skewed": 512, "far": 512, "x": 512}
+    places["x"] = (other, 1024)
+    entries = [Entry(name, file, "U8", (sizes[name],), start) for name, (file, start) in places.items()]
+    runs = [[entry.name for entry in run.entries] for run in pieces._runs(entries)]
+    assert sorted(runs) == [["a", "b", "odd"], ["far"], ["skewed"], ["x"]]  # skewed would lie at an odd address
+
+
+def test_memory_that_cannot_be_pinned_raises_where_the_weight_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(_: object) -> None:
+        raise torch.OutOfMemoryError("no pinned memory")
+
+    checkpoint = opened(tmp_path)
+    monkeypatch.setattr(pieces.Slot, "wait", wait)
+    names = checkpoint.quantized
+    with (
+        Stream(checkpoint, [(name, CPU) for name in names], readers=2) as reading,
+        pytest.raises(torch.OutOfMemoryError, match="no pinned memory"),
+    ):
+        reading.weight(names[0])
+    assert threads() == 0
+
+
+def test_garbage_waits_until_the_stream_is_left(tmp_path: Path) -> None:
+    checkpoint = opened(tmp_path)
+    with suppress(KeyError), Stream(checkpoint, [(name, CPU) for name in checkpoint.quantized], readers=1):
+        assert not gc.isenabled()
+        raise KeyError
+    assert gc.isenabled()
 
 
 def zero_scale(checkpoint: Checkpoint, module: str) -> str:

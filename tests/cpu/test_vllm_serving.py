@@ -50,6 +50,7 @@ if arguments[1] == "latency":
 else:
     file = Path(given("--result-dir"), given("--result-filename"))
     figures = dict.fromkeys(["median_ttft_ms", "median_tpot_ms", "median_itl_ms", "output_throughput"], 1.0 + on)
+    figures["completed"] = int(given("--num-prompts")) if on or given("--model") != "broken" else 0
 Path(file).write_text(json.dumps(figures | {"argv": arguments}))
 """
 
@@ -109,6 +110,12 @@ def test_one_run() -> None:
 def test_a_side_that_fails_is_an_error_with_its_log() -> None:
     with pytest.raises(Unsupported, match=r"without w4a16 \(W4A16_VLLM=0\)[^$]*this vLLM cannot"):
         run_once(Load(**{**vars(LOAD), "engine": ("--refuse",)}), False)
+
+
+@pytest.mark.usefixtures("fake")
+def test_an_engine_that_dies_while_it_serves_is_an_error() -> None:
+    with pytest.raises(Unsupported, match=r"without w4a16 \(W4A16_VLLM=0\)[^$]* answered 0 of 2 requests"):
+        run_once(Load(**{**vars(LOAD), "kind": "serve", "model": "broken"}), False)
 
 
 @pytest.mark.usefixtures("fake")

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from triton import knobs
 
 from w4a16.bench.warm import distinct
+from w4a16.codegen.compile import compiled_kernel
+from w4a16.codegen.stems import launches
+from w4a16.compat import compiled_anew
 from w4a16.device import Device, known_device
 from w4a16.plugins import _vllm_warmup as warmup
 from w4a16.problem import Problem
@@ -37,7 +44,8 @@ def test_row_counts_find_every_code(kind: warmup.Kind) -> None:
     assert codes(counts) == codes(list(range(1, MOST + 1)))
 
 
-def test_each_kind_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cold", [True, False])
+def test_each_kind_runs_once(cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, device = warmup.Kind(LINEAR), known_device("sm90")
     ran: list[int] = []
     compiled: list[str] = []
@@ -46,13 +54,39 @@ def test_each_kind_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
         warmup._ahead.add(kind)
         compiled.append(device.arch)
 
-    monkeypatch.setattr(warmup, "NOT_CACHED_S", -1.0)  # as if each had to be compiled
+    monkeypatch.setattr("w4a16.compat.compiled_anew", lambda: nullcontext(["_sm90_prefill"][:cold]))
     monkeypatch.setattr(warmup, "compile_ahead", compile_ahead)
     warmup._wanted[kind] = MOST
     for _ in range(2):
         warmup.warm_up(kind, device, ran.append, lambda *_: None)
     assert ran == warmup.row_counts(kind, MOST, device)
-    assert compiled == ["sm90"]
+    assert compiled == ["sm90"][:cold]
+
+
+def test_what_triton_compiled_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A kernel is compiled anew where its cache is empty; who listened before still does."""
+    heard: list[bool] = []
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(knobs.compilation, "listener", lambda *, cache_hit, **_: heard.append(cache_hit))
+    device = known_device("sm90")
+    launch = launches("sm90_moe", replace(EXPERTS, m=16), device, ids=warmup.IDS)[-1]
+    found = []
+    for _ in range(2):
+        with compiled_anew() as names:
+            compiled_kernel(launch, device)
+        found.append(names)
+    assert found == [[launch.fn.__name__], []]
+    assert heard == [False, True]
+
+
+def test_experts_are_compiled_for_the_ids_they_get() -> None:
+    stem, problem, tile, device, place, bias, ids = next(
+        work for work in distinct([EXPERTS], known_device("sm90"), ids=warmup.IDS) if work[4] == 0
+    )
+    arguments = launches(stem, problem, device, tile, bias=bias, ids=ids)[place].args.values()
+    dtypes = {value.dtype for value in arguments if isinstance(value, torch.Tensor)}
+    assert torch.int32 in dtypes
+    assert torch.int64 not in dtypes
 
 
 @pytest.mark.parametrize(("kind", "arch"), [(warmup.Kind(LINEAR), "cpu"), (warmup.Kind(EXPERTS), "sm90")])

@@ -1,12 +1,16 @@
 """The M rule on a GPU: compiled in every mode, in CUDA graphs, in any order, the kernel follows the row count.
 
 PYTHONPATH=src:tests/cpu python -m pytest tests/device/test_graphs.py
+
+Without `-n`: beside pytest's other workers the free memory of the GPU tells nothing of one process. There, of the two
+tests that are about it, one compares what torch holds instead and the other is skipped.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator
@@ -37,6 +41,7 @@ from w4a16.tuning.tiles import DenseTile, ResidentTile
 N = 1024
 STEMS = tuple({row.stem for row in TABLE} | {"dense_rows"})
 BLAS = ("gemm", "nvjet", "cutlass", "Cijk", "ampere_", "sm90_xmma")
+ALONE = os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") == "1"  # on the GPU, as far as pytest knows
 BOUND = 4e-3  # BLAS may split K otherwise in a graph, where its workspace is another
 
 
@@ -216,7 +221,7 @@ def test_a_copy_holds_the_bits_of_dequantising_in_torch(
 
 @pytest.mark.usefixtures("dense_first")
 def test_load_unload_reload_returns_to_the_same_free_memory() -> None:
-    """Of the whole GPU: another process on it, such as pytest's other workers, can make this fail."""
+    """Of the whole GPU where no other worker of pytest is on it, and of what torch holds anywhere."""
     plain = random_weight(4096, 4096, group=128, asym=True)
     left = []
     for _ in range(3):
@@ -226,10 +231,12 @@ def test_load_unload_reload_returns_to_the_same_free_memory() -> None:
         net(torch.randn(100, 4096, device="cuda").bfloat16())
         del net
         gc.collect()
-        left.append(free_and_total("cuda")[0])
+        free, _ = free_and_total("cuda")  # torch gives back what it keeps for later
+        left.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), free if ALONE else None))
     assert left[0] == left[1] == left[2]
 
 
+@pytest.mark.skipif(not ALONE, reason="missing device: a GPU to itself; run without -n")
 @pytest.mark.usefixtures("dense_first")
 def test_the_budget_is_kept_on_real_memory() -> None:
     """As many copies as fit above a floor that is set one and a half copies below what is free."""

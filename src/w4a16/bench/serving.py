@@ -16,7 +16,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,7 +139,13 @@ def run_once(load: Load, on: bool) -> Figures:
 
 
 def _ask(load: Load, on: bool, port: int) -> Figures:
-    return _figures(lambda result: _bench(load, port, result), on)
+    figures = _figures(lambda result: _bench(load, port, result), on)
+    if figures["completed"] < load.prompts:  # vLLM's benchmark succeeds all the same, with times of zero
+        raise Unsupported(
+            f"vLLM {_side(on)} answered {figures['completed']} of {load.prompts} requests. "
+            f"Run `W4A16_VLLM={on:d} vllm serve {load.model}` and ask it once to see why."
+        )
+    return figures
 
 
 def _figures(command: Callable[[Path], list[str]], on: bool) -> Figures:
@@ -180,26 +186,31 @@ def _serving(load: Load, sides: Sequence[bool]) -> Iterator[dict[bool, int]]:
                 probe.bind(("127.0.0.1", 0))
             ports: dict[bool, int] = {on: probe.getsockname()[1] for on, probe in held.items()}
         logs = {on: Path(folder, f"log-{on}") for on in sides}
-        servers = {on: stack.enter_context(_server(load, on, ports[on], logs[on])) for on in sides}
+        servers: dict[bool, subprocess.Popen[bytes]] = {}
+        stack.callback(_stop, servers.values())
+        for on in sides:
+            servers[on] = _started(load, on, ports[on], logs[on])
         for on, server in servers.items():
             _wait(server, ports[on], on, logs[on])
         yield ports
 
 
-@contextmanager
-def _server(load: Load, on: bool, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _started(load: Load, on: bool, port: int, log: Path) -> subprocess.Popen[bytes]:
     command = [*VLLM, "serve", load.model, "--host", "127.0.0.1", "--port", str(port), "--seed", str(load.seed)]
     with log.open("w") as out:
-        server = subprocess.Popen([*command, *load.engine], stdout=out, stderr=out, env=with_plugin(on))
+        return subprocess.Popen([*command, *load.engine], stdout=out, stderr=out, env=with_plugin(on))
+
+
+def _stop(servers: Iterable[subprocess.Popen[bytes]]) -> None:
+    for server in servers:
+        server.send_signal(signal.SIGINT)
+    until = time.monotonic() + STOP_S
+    for server in servers:
         try:
-            yield server
-        finally:
-            server.send_signal(signal.SIGINT)
-            try:
-                server.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+            server.wait(max(until - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
 
 
 def _wait(server: subprocess.Popen[bytes], port: int, on: bool, log: Path) -> None:
@@ -215,5 +226,9 @@ def _wait(server: subprocess.Popen[bytes], port: int, on: bool, log: Path) -> No
 
 def _failed(on: bool, log: Path) -> Unsupported:
     tail = log.read_text(encoding="utf-8", errors="replace")[-TAIL:]
-    side = "with w4a16" if on else "without w4a16 (W4A16_VLLM=0), so there is nothing to compare with"
-    return Unsupported(f"vLLM failed {side}. The end of its log:\n{tail}")
+    nothing = "" if on else ", so there is nothing to compare with"
+    return Unsupported(f"vLLM failed {_side(on)}{nothing}. The end of its log:\n{tail}")
+
+
+def _side(on: bool) -> str:
+    return "with w4a16" if on else "without w4a16 (W4A16_VLLM=0)"

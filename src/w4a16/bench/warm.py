@@ -9,16 +9,24 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from ..device import Device, this_machine
 from ..dispatch import choose
 from ..problem import Problem
 
-Work = tuple[str, Problem, Any, Device, int, bool]  # stem, problem, tile, device, which launch of the plan, bias
+# Stem, problem, tile, device, which launch of the plan, bias, dtype of the experts' ids.
+Work = tuple[str, Problem, Any, Device, int, bool, torch.dtype]
 MOST_WORKERS = 16  # containers see all of a machine's cores, and have a few of them
 
 
 def compile_all(
-    problems: Iterable[Problem], device: Device, processes: int | None = None, *, bias: bool = False
+    problems: Iterable[Problem],
+    device: Device,
+    processes: int | None = None,
+    *,
+    bias: bool = False,
+    ids: torch.dtype = torch.int64,
 ) -> int:
     """Puts the code of every kernel that dispatch launches for these problems into Triton's cache; how many there are.
 
@@ -26,7 +34,7 @@ def compile_all(
     """
     if device.arch == "cpu":
         return 0
-    work = distinct(problems, device, bias=bias)
+    work = distinct(problems, device, bias=bias, ids=ids)
     # Not forked: CUDA may be in use here. The server that workers are forked from has imported what they need.
     context = multiprocessing.get_context("forkserver")
     stems = {stem for stem, *_ in work}
@@ -37,18 +45,21 @@ def compile_all(
     return len(work)
 
 
-def distinct(problems: Iterable[Problem], device: Device, *, bias: bool = False) -> list[Work]:
+def distinct(
+    problems: Iterable[Problem], device: Device, *, bias: bool = False, ids: torch.dtype = torch.int64
+) -> list[Work]:
     """One launch for each code, those of the most instructions first, as they take longest."""
     from ..codegen.stems import launches
 
     found: dict[str, Work] = {}
     for problem in problems:
         choice = choose(problem, device)
-        for place, launch in enumerate(launches(choice.row.stem, problem, device, choice.tile, bias=bias)):
+        stem, tile = choice.row.stem, choice.tile
+        for place, launch in enumerate(launches(stem, problem, device, tile, bias=bias, ids=ids)):
             free = {parameter.name for parameter in launch.fn.params if parameter.do_not_specialize}
             args = {name: _kind(value) for name, value in launch.args.items() if name not in free}
             code = repr((launch.fn.__name__, args, launch.constants, launch.options, launch.cluster))
-            found.setdefault(code, (choice.row.stem, problem, choice.tile, device, place, bias))
+            found.setdefault(code, (stem, problem, tile, device, place, bias, ids))
     return sorted(found.values(), key=lambda work: (work[4] > 0, -work[1].m))
 
 
@@ -67,7 +78,7 @@ def _compile_one(work: Work, here: bool) -> None:
     from ..codegen.stems import launches
     from ..compat import build_launcher
 
-    stem, problem, tile, device, place, bias = work
-    kernel = compiled_kernel(launches(stem, problem, device, tile, bias=bias)[place], device)
+    stem, problem, tile, device, place, bias, ids = work
+    kernel = compiled_kernel(launches(stem, problem, device, tile, bias=bias, ids=ids)[place], device)
     if here:
         build_launcher(kernel)

@@ -11,7 +11,7 @@ from ..errors import Unsupported
 from ..weight import QuantizedWeight, pack_nibbles, unpack_nibbles
 from .base import Fields, Parts, Plan, Scheme, drop_trivial, even_rows, one_group, plan_module, read_scales, zeros_of
 from .bits import transpose_nibbles
-from .shards import FLOATS
+from .shards import FLOATS, Files
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds output column ORDER[i]
 INVERSE = tuple(ORDER.index(column) for column in range(8))
@@ -40,7 +40,7 @@ class Awq:
     def ignores(self, tensor: str) -> bool:
         return False
 
-    def plan(self, module: str, parts: Parts) -> Plan:
+    def plan(self, module: str, parts: Parts, files: Files) -> Plan:
         codes = parts["qweight"]
         codes.want("I32", (None, None))
         k, words = codes.shape

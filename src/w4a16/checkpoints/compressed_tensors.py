@@ -15,7 +15,7 @@ from ..weight import QuantizedWeight, pack_nibbles
 from .base import Fields, Parts, Plan, Scheme, drop_trivial, plan_module, read_order, read_scales
 from .bits import take_columns
 from .compressed_tensors_config import describe, parse_groups, scheme_of
-from .shards import FLOATS, Entry
+from .shards import FLOATS, Entry, Files
 
 # scales of a quantised KV cache: w4a16 keeps the cache in 16 bits and needs none of them
 CACHE = re.compile(r".*\.([qkv]_(scale|zero_point)|[qkv]_proj\.output_(scale|zero_point))$")
@@ -45,11 +45,11 @@ class CompressedTensors:
     def ignores(self, tensor: str) -> bool:
         return self.cache and CACHE.match(tensor) is not None
 
-    def plan(self, module: str, parts: Parts) -> Plan:
+    def plan(self, module: str, parts: Parts, files: Files) -> Plan:
         codes, shape = parts["weight_packed"], parts["weight_shape"]
         codes.want("I32", (None, None))
         shape.want(("I64", "I32"), (2,))
-        n, k = shape.read().tolist()
+        n, k = shape.integers(files)
         if codes.shape != (n, -(-k // 8)):
             wanted = f"[{n}, {-(-k // 8)}], as {shape.name} says ({n}, {k})"
             raise codes.bad("shape", got=list(codes.shape), wanted=wanted)
@@ -101,10 +101,11 @@ class CompressedTensors:
 def _read_zeros(entry: Entry, plan: Plan) -> Tensor:
     stored = entry.read()
     if stored.dtype == torch.int32:
-        pairs = stored.contiguous().view(torch.uint8).view(*stored.shape, 4).transpose(1, 2)
+        pairs = stored.view(torch.uint8).view(*stored.shape, 4).transpose(1, 2)
         zeros = pairs.new_empty((len(stored), 4, 2, stored.shape[1]))
-        torch.bitwise_and(pairs, 0xF, out=zeros[:, :, 0])
-        torch.bitwise_right_shift(pairs, 4, out=zeros[:, :, 1])
+        low, high = zeros.unbind(2)
+        torch.bitwise_and(pairs, 0xF, out=low)
+        torch.bitwise_right_shift(pairs, 4, out=high)
         return zeros.view(-1, stored.shape[1])[: plan.n]
     if (stored < -8).any() or (stored > 7).any():
         raise entry.bad("values", got=f"{int(stored.min())} to {int(stored.max())}", wanted="-8 to 7")

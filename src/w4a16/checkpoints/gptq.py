@@ -24,7 +24,7 @@ from .base import (
     zeros_of,
 )
 from .bits import invert, take_columns, transpose
-from .shards import FLOATS
+from .shards import FLOATS, Files
 
 # Version 1 stores every zero point less one. GPTQModel, which defines it, subtracts from the whole word, so a zero
 # point of 0 borrows from its neighbour: only adding to the whole word gives it back.
@@ -73,7 +73,7 @@ class Gptq:
     def ignores(self, tensor: str) -> bool:
         return False
 
-    def plan(self, module: str, parts: Parts) -> Plan:
+    def plan(self, module: str, parts: Parts, files: Files) -> Plan:
         codes = parts["qweight"]
         codes.want("I32", (None, None))
         words, n = codes.shape

@@ -19,7 +19,7 @@ from .base import Fields, Format, Parts, Plan
 from .compressed_tensors import CompressedTensors
 from .experts import EXPERT, Expert, Source, expert_modules, stack
 from .gptq import Gptq
-from .shards import Entry, bad, read_entries, read_json
+from .shards import Entry, Files, bad, read_entries, read_json
 
 FORMATS: dict[str, type[Format]] = {each.name: each for each in (Awq, Gptq, CompressedTensors)}
 # where tools older than `quantization_config` in config.json left theirs
@@ -53,7 +53,8 @@ class Checkpoint:
                 self._experts[found[1]].append((int(found[2]), found[3]))
         self.expert_prefixes = tuple(self._experts)
         self._check_complete()
-        self._plans = {module: self._plan(module) for module in self.quantized}
+        with Files() as files:
+            self._plans = {module: self._plan(module, files) for module in self.quantized}
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -136,9 +137,9 @@ class Checkpoint:
                     then="Restore config.json.",
                 )
 
-    def _plan(self, module: str) -> Plan:
+    def _plan(self, module: str, files: Files) -> Plan:
         assert self._reader is not None
-        return self._reader.plan(module, self._parts[module])
+        return self._reader.plan(module, self._parts[module], files)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

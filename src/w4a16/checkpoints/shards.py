@@ -31,6 +31,7 @@ DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
     "BOOL": torch.bool, "C64": torch.complex64,
 }  # fmt: skip
+INTEGERS = {"I32": "<i", "I64": "<q"}  # as Python's struct calls them
 FLOATS = ("BF16", "F16", "F32")
 LENGTH_BYTES = 8  # a safetensors file starts with the length of its JSON header, 64 bits, little-endian
 LARGE = 1 << 17  # bytes; where malloc starts to ask the system for each block too
@@ -65,8 +66,9 @@ class Entry:
         allowed = (dtypes,) if isinstance(dtypes, str) else dtypes
         if self.dtype not in allowed:
             raise self.bad("dtype", got=self.dtype, wanted=" or ".join(allowed))
-        fits = len(shape) == len(self.shape) and all(
-            have > 0 if want is None else have == want for have, want in zip(self.shape, shape, strict=True)
+        fits = self.shape == shape or (
+            len(shape) == len(self.shape)
+            and all(have > 0 if want is None else have == want for have, want in zip(self.shape, shape, strict=True))
         )
         if not fits:
             wanted = "[" + ", ".join("any" if want is None else str(want) for want in shape) + "]"
@@ -77,28 +79,47 @@ class Entry:
             return torch.empty(self.shape, dtype=DTYPES[self.dtype], device="cpu")
         buffer = memory(self.nbytes)
         with Files() as files:
-            self.read_into(buffer, 0, files)
+            Run([self]).read_into(buffer, 0, files)
         return torch.frombuffer(buffer, dtype=DTYPES[self.dtype]).view(self.shape)
+
+    def integers(self, files: Files) -> list[int]:
+        """The values of a small I32 or I64 tensor."""
+        buffer = bytearray(self.nbytes)
+        Run([self]).read_into(buffer, 0, files)
+        return [value for (value,) in struct.iter_unpack(INTEGERS[self.dtype], buffer)]
 
     def doubted(self, sign: Tensor) -> bool:
         """Whether `sign`, a number made of the values, is NaN."""
         return math.isnan(sign.item())
 
+
+@dataclass(eq=False)
+class Run:
+    """Tensors of one file, each where the one before it ends: read as if they were one."""
+
+    entries: list[Entry]
+
     def read_into(self, buffer: bytearray | mmap.mmap | memoryview, start: int, files: Files) -> None:
-        """Fills `buffer` from byte `start` of the tensor on."""
-        wanted = memoryview(buffer)
+        """Fills `buffer` from byte `start` of the first tensor on."""
+        position, wanted = self.entries[0].start + start, memoryview(buffer)
         try:
-            file = files.get(self.file)
-            file.seek(self.start + start)
-            got = _fill(file, wanted)
+            got = files.fill(wanted, self.entries[0].file, position)
         except OSError as error:
-            raise self.bad("data", got=error.strerror, wanted="a readable file", then="Check the disk.") from None
+            raise self._at(position).bad(
+                "data", got=error.strerror, wanted="a readable file", then="Check the disk."
+            ) from None
         if got != len(wanted):
-            raise self.bad("data", got=f"{start + got} bytes before the file ended", wanted=f"{self.nbytes} bytes")
+            entry = self._at(position + got)
+            there = f"{position + got - entry.start} bytes before the file ended"
+            raise entry.bad("data", got=there, wanted=f"{entry.nbytes} bytes")
+
+    def _at(self, position: int) -> Entry:
+        """The tensor that byte `position` of the file belongs to."""
+        return next(entry for entry in reversed(self.entries) if entry.start <= position)
 
 
 class Files:
-    """Files opened for reading, each once; those of one thread, as a file has one position."""
+    """Files opened for reading, each once; those of one thread."""
 
     def __init__(self) -> None:
         self._opened: dict[Path, io.FileIO] = {}
@@ -110,18 +131,21 @@ class Files:
         for file in self._opened.values():
             file.close()
 
-    def get(self, path: Path) -> io.FileIO:
+    def fill(self, buffer: memoryview, path: Path, position: int) -> int:
+        """Bytes read from there until the buffer is full or the file ends; one read gives at most 2 GiB."""
         if path not in self._opened:
             self._opened[path] = path.open("rb", buffering=0)
-        return self._opened[path]
+        done = 0
+        while done < len(buffer) and (got := _read_at(self._opened[path], buffer[done:], position + done)):
+            done += got
+        return done
 
 
-def _fill(file: io.FileIO, buffer: memoryview) -> int:
-    """Bytes read until the buffer is full or the file ends; one read gives at most 2 GiB."""
-    done = 0
-    while done < len(buffer) and (got := file.readinto(buffer[done:])):
-        done += got
-    return done
+def _read_at(file: io.FileIO, buffer: memoryview, position: int) -> int:
+    if sys.platform == "win32":
+        file.seek(position)
+        return file.readinto(buffer) or 0
+    return os.preadv(file.fileno(), [buffer], position)  # one wait for Python's lock, where seek and readinto are two
 
 
 def memory(nbytes: int) -> bytearray | mmap.mmap:

@@ -7,11 +7,13 @@ one by one.
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from itertools import cycle
 from queue import Empty, SimpleQueue
 from types import TracebackType
 
@@ -25,8 +27,8 @@ from .pieces import Batch, Item, Piece, Signs, Slot, begun
 from .reader import Checkpoint
 from .shards import Entry, Files
 
-READERS = 4  # each copies 5 to 8 GB/s out of the page cache; with 8 that alone is faster, and the load slower
-SLOTS = 3 * READERS  # pieces in pinned memory, read or being copied; a GB of it would take 0.4 s to pin
+READERS = 4  # each copies 3 to 6 GB/s out of the page cache; of 8, each waits half of its time for Python's lock
+SLOTS = 3  # pieces of each in pinned memory, read or being copied; a GB of it would take 0.4 s to pin
 # Of weights that lie on the GPU before their turn, at least one batch: what is read while CUDA loads the kernels that
 # pack, 0.1 s. They take no memory that the packed ones will not take, which have as many bytes.
 AHEAD_BYTES = 960 << 20
@@ -38,6 +40,7 @@ class Stream:
 
     Use it as a context manager: leaving it, for whatever reason, stops the threads. Leaving it without another error
     raises BadCheckpoint when a scale of any weight would poison the output: on a GPU nobody waits for that before.
+    Within it Python collects no garbage: of the thousands of records made none is, and a collection stops the threads.
     """
 
     def __init__(
@@ -47,37 +50,39 @@ class Stream:
         self._checkpoint = checkpoint
         self._items = deque(items)
         self._dense = set(checkpoint.dense)
-        gpus = {device for _, device in items if device.type == "cuda"}
-        self._copies = {device: torch.Stream(device=device) for device in gpus}
-        for gpu in gpus:
-            # one request to the driver, of which torch then gives parts: 200 of them took 0.03 s and more
-            entries = (entry for name, device in items if device == gpu for entry in checkpoint.entries(name).values())
-            with suppress(torch.OutOfMemoryError):
-                torch.empty(sum(entry.nbytes for entry in entries), dtype=torch.uint8, device=gpu)
+        self._collects = False
+        sizes: Counter[torch.device] = Counter()
+        for name, device in items:
+            if device.type == "cuda":
+                sizes[device] += sum(entry.nbytes for entry in checkpoint.entries(name).values())
+        self._copies = {device: torch.Stream(device=device) for device in sizes}
         self._coming: deque[Batch] = deque()
         self._there: deque[Item] = deque()  # of the batch that the last item came from
         self._ahead = 0
         self._signs: Signs = []
         self._jobs: SimpleQueue[tuple[Batch, Piece] | None] = SimpleQueue()
-        self._slots: SimpleQueue[Slot] = SimpleQueue()
-        for _ in range(SLOTS):
-            self._slots.put(Slot(bool(gpus)))
-        count = READERS * bool(gpus) if readers is None else readers
+        count = READERS * bool(sizes) if readers is None else readers
         self._threads = [threading.Thread(target=self._work, name=f"w4a16-read-{i}", daemon=True) for i in range(count)]
         for thread in self._threads:
             thread.start()
+        for gpu, size in sizes.items():
+            # one request to the driver, of which torch then gives parts: 200 of them took 0.03 s and more
+            with suppress(torch.OutOfMemoryError):
+                torch.empty(size, dtype=torch.uint8, device=gpu)
 
     def __enter__(self) -> Stream:
+        self._collects |= gc.isenabled()
+        gc.disable()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        if self._collects:
+            gc.enable()
+        with suppress(Empty):
             while True:
                 self._jobs.get_nowait()
-        except Empty:
-            pass
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
@@ -133,12 +138,11 @@ class Stream:
             self._read_ahead()
             batch = self._coming.popleft()
             self._ahead -= self._cost(batch)
-            for _ in batch.pieces:
-                copied = batch.done.get()
-                if isinstance(copied, BaseException):
-                    raise copied
-                if copied is not None:
-                    torch.accelerator.current_stream(copied.device).wait_event(copied)
+            copied = batch.done.get()
+            if isinstance(copied, BaseException):
+                raise copied
+            if copied is not None:
+                torch.accelerator.current_stream(copied.device).wait_event(copied)
             self._there = batch.items
         return self._there.popleft()[1]
 
@@ -181,24 +185,26 @@ class Stream:
 
     def _work(self) -> None:
         """What a thread does."""
+        slots = [Slot(bool(self._copies)) for _ in range(SLOTS)]
+        with suppress(RuntimeError):  # which the first piece then meets again
+            slots[0].wait()  # while the first batch is planned
         with Files() as files:
-            while (job := self._jobs.get()) is not None:
+            for slot in cycle(slots):
+                if (job := self._jobs.get()) is None:
+                    break
                 batch, piece = job
                 try:
-                    batch.done.put(self._read(batch, piece, files))
+                    _read(piece, slot, batch.copies, files)
+                    batch.copied()
                 except BaseException as error:
                     batch.done.put(error)
                 del job, batch, piece  # their memory, which would wait for the next
 
-    def _read(self, batch: Batch, piece: Piece, files: Files) -> torch.Event | None:
-        slot = self._slots.get()
-        try:
-            slot.wait()
-            for entry, start, place in piece.parts:
-                entry.read_into(slot.view[place], start, files)
-            with batch.copies or nullcontext():
-                piece.into.copy_(slot.memory[: len(piece.into)], non_blocking=True)
-                slot.copied = None if batch.copies is None else batch.copies.record_event()
-            return slot.copied
-        finally:
-            self._slots.put(slot)
+
+def _read(piece: Piece, slot: Slot, copies: torch.Stream | None, files: Files) -> None:
+    slot.wait()
+    for run, start, place in piece.parts:
+        run.read_into(slot.view[place], start, files)
+    with copies or nullcontext():
+        piece.into.copy_(slot.memory[: len(piece.into)], non_blocking=True)
+        slot.copied = None if copies is None else copies.record_event()

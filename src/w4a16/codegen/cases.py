@@ -72,7 +72,8 @@ def cases(device: Device) -> list[Case]:
     distinct: dict[tuple[Any, ...], Case] = {}
     for case in _reached(device):
         row, problem = case.row, case.problem
-        distinct.setdefault((row.stem, row.tile, problem.act, problem.m), case)  # a plan takes milliseconds
+        sizes = (row.stem, row.tile, problem.act, problem.m, _group(case))
+        distinct.setdefault(sizes, case)  # a plan takes milliseconds
     found: dict[tuple[Any, ...], Case] = {}
     for case in distinct.values():
         found.setdefault(_code(case, device), case)
@@ -103,7 +104,7 @@ def _reached(device: Device) -> Iterator[Case]:
 
 
 def _code(case: Case, device: Device) -> tuple[Any, ...]:
-    """What decides a kernel's code, but for the group and the experts: the tile and what the plan makes of M."""
+    """What decides a kernel's code, but for most groups and the experts: the tile and what the plan makes of M."""
     row, problem = case.row, case.problem
     planned = launches(row.stem, problem, device, row.tile)
     if row.stem == "sm90_moe":  # routing depends on the number of slots alone
@@ -114,7 +115,15 @@ def _code(case: Case, device: Device) -> tuple[Any, ...]:
         # two parts of K stand for more, and bf16 for fp16, which differs in constants
         tile, act = replace(tile, split_k=min(tile.split_k, 2), residents=1), "bf16"
         constants = [{**sizes, "SPLIT": min(sizes["SPLIT"], 2)} for sizes in constants]
-    return row.stem, tile, act, repr(constants)
+    return row.stem, tile, act, _group(case), repr(constants)
 
 
-_BY_SIZES = ("GROUP", "BLOCK_K", "UNROLL_K", "EXPERTS", "TOP_K", "TRIPS", "SLABS", "SPARE")
+def _group(case: Case) -> int | None:
+    """The columns of a group, 0 for all of K, where they decide whether registers last: in sm90_decode's programs that
+    ask for most of the weight at once."""
+    tile, problem = case.row.tile, case.problem
+    whole = case.row.stem == "sm90_decode" and tile.split_k == tile.parts == 1
+    return problem.group % problem.k if whole else None
+
+
+_BY_SIZES = ("GROUP", "BLOCK_K", "UNROLL_K", "EXPERTS", "TOP_K", "TRIPS", "SHARE", "SLABS", "SPARE")

@@ -20,14 +20,20 @@ from .compile import Compiled, compile_launch
 
 
 def launches(
-    stem: str, problem: Problem, device: Device, tile: Any = None, *, bias: bool = False
+    stem: str,
+    problem: Problem,
+    device: Device,
+    tile: Any = None,
+    *,
+    bias: bool = False,
+    ids: torch.dtype = torch.int64,
 ) -> tuple[Launch, ...]:
-    """Every launch of kernel `stem` for `problem`; `tile` defaults to the one that tuning gives."""
+    """Every launch of kernel `stem` for `problem`; `tile` defaults to the one that tuning gives. ids: of experts."""
     plan = importlib.import_module(f"..kernels.{stem}", __package__).plan
     tile = tile_for(stem, problem, device) if tile is None else tile
     layout = next(row.layouts[0] for row in TABLE if row.stem == stem)
     packed = functools.partial(_weight, problem, device, layout)
-    arguments = _moe_arguments(problem, packed) if problem.experts else _linear_arguments(problem, packed, bias)
+    arguments = _moe_arguments(problem, packed, ids) if problem.experts else _linear_arguments(problem, packed, bias)
     planned: tuple[Launch, ...] = plan(**arguments, tile=tile)
     return planned
 
@@ -48,7 +54,7 @@ def _linear_arguments(problem: Problem, packed: Callable[[int, int], PackedWeigh
     }
 
 
-def _moe_arguments(problem: Problem, packed: Callable[[int, int], PackedWeight]) -> dict[str, Any]:
+def _moe_arguments(problem: Problem, packed: Callable[[int, int], PackedWeight], ids: torch.dtype) -> dict[str, Any]:
     """A gated layer with SiLU; its second GEMM takes the first one's group."""
     routed = (problem.m, problem.top_k)
     return {
@@ -57,7 +63,7 @@ def _moe_arguments(problem: Problem, packed: Callable[[int, int], PackedWeight])
         "w13": packed(problem.n, problem.k),
         "w2": packed(problem.k, problem.n // 2),
         "topk_weights": torch.empty(routed, dtype=torch.float32, device="meta"),
-        "topk_ids": torch.empty(routed, dtype=torch.int64, device="meta"),
+        "topk_ids": torch.empty(routed, dtype=ids, device="meta"),
         "activation": "silu",
         "gated": True,
         "weight_input": False,

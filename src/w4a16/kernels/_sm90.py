@@ -184,7 +184,10 @@ def let_the_next_kernel_start():
 
 @gluon.jit
 def cluster_barrier():
-    """Waits for every thread of the cluster; what they wrote to memory before is there after."""
+    """Waits for every warp of the cluster; what they wrote to memory before is there after.
+
+    For warps without a part in that too: NVIDIA's racecheck waits for ever for those that arrive and do not wait.
+    """
     gl.inline_asm_elementwise(
         "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; mov.b32 $0, 0;",
         "=r",
@@ -192,22 +195,6 @@ def cluster_barrier():
         dtype=gl.int32,
         is_pure=False,
         pack=1,
-    )
-
-
-@gluon.jit
-def arrive_at_the_cluster():
-    """Half of `cluster_barrier`, for every warp of programs whose warps part ways."""
-    gl.inline_asm_elementwise(
-        "barrier.cluster.arrive.release; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def wait_for_the_cluster():
-    """The other half: what other programs wrote to memory before they arrived is there after this."""
-    gl.inline_asm_elementwise(
-        "barrier.cluster.wait.acquire; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
 
 

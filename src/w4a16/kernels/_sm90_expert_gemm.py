@@ -12,12 +12,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from ..compat import copy_to_shared
 from ..layouts import PackedWeight
 from ..layouts.sm90 import TILE, TILE_WORDS
 from ..tuning.sm90_tiles import group_of_tiles
 from ._launch import Launch
 from ._sm90 import cluster_barrier, operand
-from ._sm90_stream import beside_sums, halves
+from ._sm90_stream import beside_sums, chunk_of, halves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,9 @@ class ExpertGemm:
             "zeros_ptr": weight.zeros,
             "shares_ptr": self.shares,
             "expert_ptr": self.experts,
+            "experts": weight.experts,
             "N": weight.n,
+            "width": self.width,
             "K": weight.k,
             "out_stride": self.out.stride(0),
             "x_stride": self.x.stride(0),
@@ -80,7 +83,6 @@ class ExpertGemm:
             **args,
         }
         common = {
-            "EXPERTS": weight.experts,
             "GROUP": group_of_tiles(weight.group, weight.k),
             "TOP_K": self.top_k,
             "ACTIVATION": self.activation,
@@ -130,15 +132,62 @@ def multiplied(acc, part, codes, xs, scales, GROUPS: gl.constexpr, WARPS: gl.con
     return acc, part
 
 
+@gluon.constexpr_function
+def _asked_layout(columns, size, warps):
+    """Of [groups, columns]: 16 bytes a thread."""
+    return gl.BlockedLayout([1, size], [32 * size // columns, columns // size], [warps, 1], [1, 0])
+
+
 @gluon.jit
-def leave_sums(parts_ptr, accs, n, m, ROUTED: gl.constexpr, BLOCK_M: gl.constexpr):
-    """Leaves a program's sums where the others of its cluster find them, and waits for theirs."""
-    STREAMS: gl.constexpr = len(accs)
-    SIZE: gl.constexpr = accs[0].shape[0] * BLOCK_M
-    at_part = gl.expand_dims(n, 1) * BLOCK_M + gl.expand_dims(m, 0)
+def ask_rows(
+    slab,  # [groups of a trip, rows of a program]
+    grid_ptr,  # scales or zero points of an expert, [K/G, N_PADDED]
+    stride,
+    here,  # the program among those along N, rows from one half to the other; its first tile, the trip's, how many
+    GROUP: gl.constexpr,
+    DEPTH: gl.constexpr,
+    HALVES: gl.constexpr,
+):
+    """Starts copying what the groups of a trip have for each row: one line of the slab for the tiles that share it, or
+    two for a tile of two groups; zeros past the end."""
+    block_n, width, first, tile, tiles = here
+    CHUNK: gl.constexpr = chunk_of(GROUP, DEPTH)
+    COLUMNS: gl.constexpr = slab.shape[1]
+    HALF: gl.constexpr = COLUMNS // HALVES
+    layout: gl.constexpr = _asked_layout(COLUMNS, 128 // slab.dtype.primitive_bitwidth, gl.num_warps())
+    line = gl.expand_dims(gl.arange(0, slab.shape[0], gl.SliceLayout(1, layout)), 1)
+    column = gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(0, layout)), 0)
+    row = block_n * HALF + column % HALF + column // HALF * width
+    if GROUP == 32:
+        mine = tile + line // 2
+        group = (first + tile) * 2 + line
+    else:
+        mine = tile + line * CHUNK
+        group = (((first + mine) * 64).to(gl.uint32) // GROUP).to(gl.int32)
+    copy_to_shared(slab, grid_ptr + group * stride + row, mask=(mine < tiles) & (row < stride))
+
+
+@gluon.constexpr_function
+def pairs_layout(half, warps):
+    """Of [half, columns, 2]: gate and up in one thread."""
+    lanes = min(32, half // 2)
+    return gl.BlockedLayout([2, 1, 2], [lanes, 32 // lanes, 1], [1, warps, 1], [2, 0, 1])
+
+
+@gluon.jit
+def paired(acc, layout: gl.constexpr):
+    """Sums of gate rows and then of up rows as (gate, up) in one thread."""
+    HALF: gl.constexpr = acc.shape[0] // 2
+    return gl.split(gl.convert_layout(acc.reshape([2, HALF, acc.shape[1]]).permute([1, 2, 0]), layout))
+
+
+@gluon.jit
+def leave_sums(parts_ptr, acc, n, m, ROUTED: gl.constexpr):
+    """Leaves a program's sums [rows, BLOCK_M] where the others of its cluster find them, and waits for theirs."""
+    SIZE: gl.constexpr = acc.shape[0] * acc.shape[1]
+    at_part = gl.expand_dims(n, 1) * acc.shape[1] + gl.expand_dims(m, 0)
     here = gl.expand_dims(m, 0) < ROUTED + gl.expand_dims(n * 0, 1)
-    for s in gl.static_range(STREAMS):
-        gl.store(parts_ptr + (gl.program_id(0) * STREAMS + s).to(gl.int64) * SIZE + at_part, accs[s], mask=here)
+    gl.store(parts_ptr + gl.program_id(0).to(gl.int64) * SIZE + at_part, acc, mask=here)
     cluster_barrier()
 
 
@@ -147,27 +196,26 @@ def cluster_sums(
     parts_ptr,
     split,
     ROUTED: gl.constexpr,
-    ROWS: gl.constexpr,
+    HALF: gl.constexpr,
     BLOCK_M: gl.constexpr,
     WARPS: gl.constexpr,
-    STREAMS: gl.constexpr,
+    HALVES: gl.constexpr,
     SPLIT: gl.constexpr,
     SHARERS: gl.constexpr,
 ):
-    """A program's share of the rows, n, and their sums over its cluster."""
-    SIZE: gl.constexpr = ROWS * BLOCK_M
-    MINE: gl.constexpr = ROWS // SHARERS
+    """A program's share of the rows, n, and their sums over its cluster, for each half."""
+    MINE: gl.constexpr = HALF // SHARERS
     mine: gl.constexpr = gl.BlockedLayout([1, 1], [32 // BLOCK_M, BLOCK_M], [WARPS, 1], [1, 0])
     n = split * MINE + gl.arange(0, MINE, gl.SliceLayout(1, mine))
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, mine))
     at_part = gl.expand_dims(n, 1) * BLOCK_M + gl.expand_dims(m, 0)
     here = gl.expand_dims(m, 0) < ROUTED + gl.expand_dims(n * 0, 1)
-    accs = ()
-    for s in gl.static_range(STREAMS):
+    sums = ()
+    for half in gl.static_range(HALVES):
         total = gl.zeros([MINE, BLOCK_M], gl.float32, mine)
         for i in gl.static_range(SPLIT):
-            program = (gl.program_id(0) - split + i) * STREAMS + s
-            at_ptr = parts_ptr + program.to(gl.int64) * SIZE + at_part
+            at = (gl.program_id(0) - split + i) * HALVES + half
+            at_ptr = parts_ptr + at.to(gl.int64) * (HALF * BLOCK_M) + at_part
             total += gl.load(at_ptr, mask=here, other=0.0, cache_modifier=".cg")
-        accs = accs + (total,)
-    return accs, n, m
+        sums = sums + (total,)
+    return sums, n, m

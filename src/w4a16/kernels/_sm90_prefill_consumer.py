@@ -14,20 +14,76 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..compat import from_shared
+from ..compat import from_shared, reinterpreted
 from ._sm90 import (
-    arrive_at_the_cluster,
     centred,
+    cluster_barrier,
     groups_a_tile,
     of_rows,
     operand,
-    scale_lanes,
+    rows_layout,
     sums_layout,
-    wait_for_the_cluster,
     words_layout,
     zero_lanes,
 )
-from ._sm90_prefill_producer import after, product_rows, rows_before, tiles_a_box, unit_of, units_of
+from ._sm90_prefill_producer import after, groups_a_box, product_rows, rows_before, tiles_a_box, unit_of, units_of
+
+
+@gluon.jit
+def _scales_of_rows(scales, GROUPS: gl.constexpr):
+    """[GROUPS, 64] scales of shared memory, each in both 16-bit lanes of an int32: one instruction each."""
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $2, 0, 0x1010; prmt.b32 $1, $2, 0, 0x3232;",
+        "=r,=r,r",
+        [of_rows(scales, GROUPS).to(gl.int16, bitcast=True)],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.constexpr_function
+def _pairs_layout(groups):
+    """[groups, 32] zero points of two rows each: as `of_rows` has the rows."""
+    return gl.SliceLayout(0, gl.BlockedLayout([1, groups, 1], [4, 1, 8], [1, 1, 4], [0, 2, 1]))
+
+
+@gluon.constexpr_function
+def _zero_text(dtype, pairs):
+    """Of so many pairs of zero points, the lanes of each one's first and then of each one's second."""
+    high = "0x43" if gl.bfloat16 == dtype else "0x64"
+    byte = [f"{i:x}" for j in range(2) for i in range(j, 2 * pairs, 2)]
+    return " ".join(f"prmt.b32 ${i}, ${2 * pairs}, {high}, 0x4{b}4{b};" for i, b in enumerate(byte))
+
+
+@gluon.jit
+def _zeros_of_rows(zeros, DTYPE: gl.constexpr, GROUPS: gl.constexpr):
+    """uint8 [GROUPS, 128] of shared memory, of which 64 count, as `zero_lanes` makes them: one instruction each."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    pairs = reinterpreted(zeros, gl.int16, [GROUPS, 64], flat).slice(0, 32, 1).load(_pairs_layout(GROUPS))
+    pairs = pairs.reshape([GROUPS, 4, 8]).permute([1, 2, 0])
+    if GROUPS == 1:
+        first, second = gl.inline_asm_elementwise(
+            _zero_text(DTYPE, 1), "=r,=r,r", [pairs.to(gl.int32)], dtype=(gl.int32,) * 2, is_pure=True, pack=1
+        )
+    else:
+        first, second = gl.inline_asm_elementwise(
+            _zero_text(DTYPE, 2), "=r,=r,=r,=r,r", [pairs], dtype=(gl.int32,) * 2, is_pure=True, pack=2
+        )
+    return gl.convert_layout(gl.join(first, second), rows_layout(4, GROUPS), assert_trivial=True)
+
+
+@gluon.jit
+def _of_tiles(lanes, GROUPS: gl.constexpr):
+    """Those of a box for each of two tiles with groups of their own, or for all of its tiles."""
+    if lanes.shape[2] == GROUPS:
+        each = (lanes,)
+    else:
+        layout: gl.constexpr = rows_layout(4, GROUPS)
+        first, second = gl.split(lanes.reshape([4, 8, 2, GROUPS, 2]).permute([0, 1, 3, 4, 2]))
+        first = gl.convert_layout(first, layout, assert_trivial=True)
+        each = (first, gl.convert_layout(second, layout, assert_trivial=True))
+    return each
 
 
 @gluon.jit
@@ -37,21 +93,22 @@ def _centred(codes, scales, zeros, full, slot, phase, W: gl.constexpr, TILES: gl
     """Codes less zero points, and scales, of the tiles of the ring's next step."""
     GROUPS: gl.constexpr = groups_a_tile(GROUP)
     SHARED: gl.constexpr = tiles_a_box(GROUP, TILES)
+    BOX_GROUPS: gl.constexpr = groups_a_box(GROUP, TILES)
     mbarrier.wait(full.index(slot), phase)
     at = slot * WARPGROUPS + W
     pairs, lanes = (), ()
     for i in gl.static_range(TILES):
         if i % SHARED == 0:
             box = (at * TILES + i) // SHARED
-            scale = of_rows(scales.index(box), GROUPS)
+            factor = _scales_of_rows(scales.index(box), BOX_GROUPS)
             if zeros is None:
-                zero = gl.full(scale.shape, 8, gl.int32, scale.type.layout)
+                offset = zero_lanes(gl.full(factor.shape, 8, gl.int32, factor.type.layout), DTYPE)
             else:
-                zero = of_rows(zeros.index(box).slice(0, 64, 1), GROUPS)
-            offset, factor = zero_lanes(zero, DTYPE), scale_lanes(scale)
+                offset = _zeros_of_rows(zeros.index(box), DTYPE, BOX_GROUPS)
+            factors, offsets = _of_tiles(factor, GROUPS), _of_tiles(offset, GROUPS)
         words = codes.index(at).slice(i * 16, 16, 0).load(words_layout(4))
-        pairs = pairs + (centred(words, offset, DTYPE, 4),)
-        lanes = lanes + (factor,)
+        pairs = pairs + (centred(words, offsets[i % len(offsets)], DTYPE, 4),)
+        lanes = lanes + (factors[i % len(factors)],)
     return pairs, lanes
 
 
@@ -175,8 +232,7 @@ def _stored_pair(
         at = m + rows_before(BLOCK_M, j) + (1 - rank) * give.shape[1]
         _stored_part(give, given + 32 * rows_before(BLOCK_M, j), at, M)
         kept = kept + (keep,)
-    arrive_at_the_cluster()
-    wait_for_the_cluster()
+    cluster_barrier()
     for j in gl.static_range(len(sums)):
         at = m + rows_before(BLOCK_M, j) + rank * kept[j].shape[1]
         total = kept[j] + _part(taken + 32 * rows_before(BLOCK_M, j), at, M, kept[j].shape[1])

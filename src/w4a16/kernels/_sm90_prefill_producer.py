@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..compat import to_shared
 from ._add_parts import RASTER_M
-from ._sm90 import arrive_at_the_cluster, groups_a_tile, wait_for_the_kernel_before
+from ._sm90 import cluster_barrier, wait_for_the_kernel_before
 
 
 @gluon.jit
@@ -36,8 +36,14 @@ def units_of(M, N, BLOCK_M: gl.constexpr, WARPGROUPS: gl.constexpr, SPLIT: gl.co
 
 @gluon.constexpr_function
 def tiles_a_box(group, tiles):
-    """How many of a step's tiles share one box of scales: all, where no group ends inside of a step."""
-    return tiles if group % (64 * tiles) == 0 else 1
+    """How many of a step's tiles share one box of scales: all of a group, two of smaller ones."""
+    return tiles if group % (64 * tiles) == 0 or (tiles == 2 and 128 % group == 0) else 1
+
+
+@gluon.constexpr_function
+def groups_a_box(group, tiles):
+    """Groups of one box of scales."""
+    return max(64 * tiles_a_box(group, tiles) // group, 1)
 
 
 @gluon.jit
@@ -129,7 +135,7 @@ def produce(
     TILES: gl.constexpr = BLOCK_K // 64
     ROWS: gl.constexpr = 128 if zeros_desc is None else 256  # bytes of scales, and of zero points
     BOXES: gl.constexpr = TILES // tiles_a_box(GROUP, TILES)
-    WEIGHT: gl.constexpr = WARPGROUPS * (2048 * TILES + BOXES * groups_a_tile(GROUP) * ROWS)  # bytes a step
+    WEIGHT: gl.constexpr = WARPGROUPS * (2048 * TILES + BOXES * groups_a_box(GROUP, TILES) * ROWS)  # bytes a step
     tiles = gl.cdiv(K, 64)
     # The weight does not depend on the kernel before: its first tiles are asked for while that still runs.
     m, n, first, last = unit_of(gl.program_id(0), M, N, K, BLOCK_M, BLOCK_K, WARPGROUPS, SPLIT)
@@ -159,10 +165,10 @@ def produce(
             _ask_x(x_descs, box_desc, full, xs, slot, m, tile, rows, BLOCK_M, TILES)
             slot, phase = after(slot, phase, 1, RING)
     if PAIRED:
-        arrive_at_the_cluster()
+        cluster_barrier()
 
 
 @gluon.jit
 def stand_by(M):
     """For the warps that fill up the producer's warpgroup: a cluster waits for all."""
-    arrive_at_the_cluster()
+    cluster_barrier()

@@ -7,7 +7,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..compat import copy_to_shared
+from ..compat import copy_to_shared, reinterpreted
 from ._sm90 import rows_layout
 
 
@@ -28,21 +28,30 @@ def keep_shared_memory(KIB: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _asked_layout(columns, size, warps):
-    """Of [groups, columns]: 16 bytes a thread."""
-    return gl.BlockedLayout([1, size], [32 * size // columns, columns // size], [warps, 1], [1, 0])
+def _asked_layout(columns, warps):
+    """Of [groups, columns]: eight a thread, 16 bytes of scales and 8 of zero points."""
+    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [warps, 1], [1, 0])
 
 
 @gluon.constexpr_function
-def _read_layout(groups, warps):
-    """Of [groups, 16 * warps]: each thread has its two rows."""
-    return gl.SliceLayout(0, gl.BlockedLayout([1, groups, 2], [4, 1, 8], [1, 1, warps], [0, 2, 1]))
+def _read_layout(groups, warps, size):
+    """Of [groups, 8 * size * warps]: each thread has its two rows, in one element or two."""
+    return gl.SliceLayout(0, gl.BlockedLayout([1, groups, size], [4, 1, 8], [1, 1, warps], [0, 2, 1]))
+
+
+# Bytes 0 and 1 of $2 as what codes of that size unpack to (128 + n in bf16, 1024 + n in fp16), in both lanes.
+_BOTH_LANES = "prmt.b32 $0, $2, {magic}, 0x4040; prmt.b32 $1, $2, {magic}, 0x4141;"
+_BOTH_LANES_BF16 = gl.constexpr(_BOTH_LANES.format(magic="0x43434343"))
+_BOTH_LANES_FP16 = gl.constexpr(_BOTH_LANES.format(magic="0x64646464"))
 
 
 @gluon.jit
 def ask_groups(
-    slab,  # [groups of a trip, PARTS * ROWS]
-    rows_ptr,  # scales or zero points of the first row, [K/G, rows]
+    scale_slabs,  # [slabs, groups of a trip, PARTS * ROWS]
+    zero_slabs,  # the same of uint8, or None
+    slab,
+    scales_ptr,  # of the first row, [K/G, rows]
+    zeros_ptr,  # the same, or None
     stride,
     rows,  # that are there
     part,
@@ -56,10 +65,10 @@ def ask_groups(
 ):
     """Starts copying what the groups of a trip have for each row: one line of the slab for CHUNK tiles, or two for a
     tile of two groups; zeros past the end of K."""
-    COLUMNS: gl.constexpr = slab.shape[1]
+    COLUMNS: gl.constexpr = scale_slabs.shape[2]
     ROWS: gl.constexpr = COLUMNS // PARTS
-    layout: gl.constexpr = _asked_layout(COLUMNS, 128 // slab.dtype.primitive_bitwidth, WARPS)
-    line = gl.expand_dims(gl.arange(0, slab.shape[0], gl.SliceLayout(1, layout)), 1)
+    layout: gl.constexpr = _asked_layout(COLUMNS, WARPS)
+    line = gl.expand_dims(gl.arange(0, scale_slabs.shape[1], gl.SliceLayout(1, layout)), 1)
     column = gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(0, layout)), 0)
     row = column % ROWS
     first = (part + column // ROWS) * share
@@ -68,15 +77,34 @@ def ask_groups(
         group = (first + tile) * 2 + line
     else:
         mine = tile + line * CHUNK
-        group = (first + mine) * 64 // GROUP
-    copy_to_shared(slab, rows_ptr + group * stride + row, mask=(mine < share) & (first + mine < tiles) & (row < rows))
+        group = (((first + mine) * 64).to(gl.uint32) // GROUP).to(gl.int32)
+    at = group * stride + row
+    here = (mine < share) & (first + mine < tiles) & (row < rows)
+    copy_to_shared(scale_slabs.index(slab), scales_ptr + at, mask=here)
+    if zeros_ptr is not None:
+        copy_to_shared(zero_slabs.index(slab), zeros_ptr + at, mask=here)
 
 
 @gluon.jit
 def of_chunk(slab, c: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr):
     """What chunk c of a trip has for each row: [WARPS, 8, GROUPS, 2]."""
-    rows = slab.slice(c * GROUPS, GROUPS, 0).load(_read_layout(GROUPS, WARPS))
+    rows = slab.slice(c * GROUPS, GROUPS, 0).load(_read_layout(GROUPS, WARPS, 2))
     rows = rows.reshape([GROUPS, WARPS, 8, 2]).permute([1, 2, 0, 3])
+    return gl.convert_layout(rows, rows_layout(WARPS, GROUPS), assert_trivial=True)
+
+
+@gluon.jit
+def zeros_of_chunk(slab, c: gl.constexpr, DTYPE: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr):
+    """The zero points of chunk c, as `zero_lanes` makes them: [WARPS, 8, GROUPS, 2]."""
+    lines: gl.constexpr = slab.shape[0]
+    flat: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, [1, 0])
+    pairs = reinterpreted(slab, gl.int16, [lines, 8 * WARPS], flat)
+    pairs = pairs.slice(c * GROUPS, GROUPS, 0).load(_read_layout(GROUPS, WARPS, 1))
+    text: gl.constexpr = _BOTH_LANES_BF16 if gl.bfloat16 == DTYPE else _BOTH_LANES_FP16
+    first, second = gl.inline_asm_elementwise(
+        text, "=r,=r,r", [pairs.to(gl.int32)], dtype=(gl.int32,) * 2, is_pure=True, pack=1
+    )
+    rows = gl.join(first, second).reshape([GROUPS, WARPS, 8, 2]).permute([1, 2, 0, 3])
     return gl.convert_layout(rows, rows_layout(WARPS, GROUPS), assert_trivial=True)
 
 

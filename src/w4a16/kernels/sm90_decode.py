@@ -5,7 +5,7 @@ and of the programs of a cluster, added in a fixed order: no counters, nothing t
 DEPTH tiles are always on their way, in registers: no barrier stands between a warp and its next bytes.
 """
 
-# mypy: disable-error-code="assignment, var-annotated, unreachable"
+# mypy: disable-error-code="assignment, union-attr, var-annotated, unreachable"
 
 from __future__ import annotations
 
@@ -33,10 +33,19 @@ from ._sm90 import (
     words_layout,
     zero_lanes,
 )
-from ._sm90_slabs import ask_groups, beside_parts, keep_loads_in_order, keep_shared_memory, of_chunk, of_parts
+from ._sm90_slabs import (
+    ask_groups,
+    beside_parts,
+    keep_loads_in_order,
+    keep_shared_memory,
+    of_chunk,
+    of_parts,
+    zeros_of_chunk,
+)
 from ._sm90_stream import chunk_of, halves, put, words_of
 
 X_ALIGNMENT = 16  # elements: asynchronous copies take 16 bytes, and Triton knows of multiples of 16
+X_FARTHEST = 1 << 27  # elements from row to row: offsets in x are 32 bits, of 64 they take up to 35 registers more
 
 
 @gluon.jit(do_not_specialize=["M", "share", "trips"])
@@ -62,7 +71,8 @@ def _sm90_decode(
     WARPS: gl.constexpr,
     PARTS: gl.constexpr,  # of K, a program
     SPLIT: gl.constexpr,  # programs of a cluster
-    DEPTH: gl.constexpr,  # tiles on their way
+    DEPTH: gl.constexpr,  # tiles a trip has room for
+    TILES: gl.constexpr,  # of them that it takes, on their way at a time: fewer where one trip is all
     SLABS: gl.constexpr,  # of x, scales and zero points in shared memory
     WHOLE: gl.constexpr,  # a slab for every trip; else they are a ring
     SPARE: gl.constexpr,  # KiB of shared memory that keep more programs off the SM
@@ -71,7 +81,8 @@ def _sm90_decode(
     ROWS: gl.constexpr = 16 * WARPS // PARTS
     GROUPS: gl.constexpr = groups_a_tile(GROUP)
     CHUNK: gl.constexpr = chunk_of(GROUP, DEPTH)
-    CHUNKS: gl.constexpr = DEPTH // CHUNK
+    CHUNKS: gl.constexpr = TILES // CHUNK
+    LINES: gl.constexpr = DEPTH // CHUNK * GROUPS  # of scales, a trip
     flat_a: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8]), 2)
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [PARTS, WARPS // PARTS, 1], [1, 16, 8])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -79,7 +90,7 @@ def _sm90_decode(
     let_the_next_kernel_start()
     block = gl.program_id(0) // SPLIT
     split = gl.program_id(0) % SPLIT
-    tiles = gl.cdiv(K, 64)
+    tiles = (K + 63) >> 6
 
     layout: gl.constexpr = words_layout(WARPS)
     y = gl.expand_dims(gl.arange(0, 4 * WARPS, gl.SliceLayout(1, layout)), 1)
@@ -87,24 +98,23 @@ def _sm90_decode(
     first = (split * PARTS + y // (ROWS // 4)) * share
     left = gl.minimum(tiles - first, share)
     row = block * (ROWS // 4) + y % (ROWS // 4)
-    tile_row = gl.minimum(row // 16, scales_stride // 64 - 1).to(gl.int64)
-    codes_at = codes_ptr + (tile_row * codes_stride + first * 512 + row % 16 * 32 + word)
+    tile_row = gl.minimum(row >> 4, (scales_stride >> 6) - 1).to(gl.int64)
+    codes_at = codes_ptr + (tile_row * codes_stride + first * 512 + (row & 15) * 32 + word)
     AHEAD: gl.constexpr = SLABS if WHOLE else SLABS - 1
     flat: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, [1, 0])
-    scale_slabs = gl.allocate_shared_memory(DTYPE, [SLABS, CHUNKS * GROUPS, PARTS * ROWS], flat)
-    if zeros_ptr is not None:
-        zero_slabs = gl.allocate_shared_memory(gl.uint8, [SLABS, CHUNKS * GROUPS, PARTS * ROWS], flat)
-        zeros_ptr += block * ROWS
+    scale_slabs = gl.allocate_shared_memory(DTYPE, [SLABS, LINES, PARTS * ROWS], flat)
     scales_ptr += block * ROWS
+    zero_slabs = None
+    if zeros_ptr is not None:
+        zero_slabs = gl.allocate_shared_memory(gl.uint8, [SLABS, LINES, PARTS * ROWS], flat)
+        zeros_ptr += block * ROWS
     rows = scales_stride - block * ROWS
     for trip in gl.static_range(AHEAD):
-        here = split * PARTS, trip * DEPTH, share, tiles
-        ask_groups(scale_slabs.index(trip), scales_ptr, scales_stride, rows, *here, GROUP, CHUNK, PARTS, WARPS)
-        if zeros_ptr is not None:
-            ask_groups(zero_slabs.index(trip), zeros_ptr, scales_stride, rows, *here, GROUP, CHUNK, PARTS, WARPS)
+        here = scales_stride, rows, split * PARTS, trip * DEPTH, share, tiles
+        ask_groups(scale_slabs, zero_slabs, trip, scales_ptr, zeros_ptr, *here, GROUP, CHUNK, PARTS, WARPS)
     keep_loads_in_order()  # scales first: what is asked for last comes last
     words = ()
-    for i in gl.static_range(DEPTH):
+    for i in gl.static_range(TILES):
         words = words + (words_of(codes_at, i, left),)
 
     shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
@@ -117,12 +127,12 @@ def _sm90_decode(
     m = gl.expand_dims(gl.expand_dims(m, 0), 2)
     k = gl.expand_dims(gl.expand_dims(k, 0), 1)
     columns = gl.minimum(K - begin, share * 64)
-    x_at = x_ptr + m.to(gl.int64) * x_stride + (begin + k)
+    x_at = m * x_stride + begin + k
     keep_shared_memory(SPARE)
     wait_for_the_kernel_before()
     for trip in gl.static_range(AHEAD):
         ahead = trip * (64 * DEPTH)
-        copy_to_shared(x_slabs.index(trip), x_at + ahead, mask=(m < M) & (k + ahead < columns))
+        copy_to_shared(x_slabs.index(trip), x_ptr + (x_at + ahead), mask=(m < M) & (k + ahead < columns))
         async_copy.commit_group()
     if WHOLE:
         async_copy.wait_group(0)
@@ -136,13 +146,9 @@ def _sm90_decode(
             coming = trip + SLABS - 1
             if coming < trips:
                 slab, ahead = coming % SLABS, coming * (64 * DEPTH)
-                copy_to_shared(x_slabs.index(slab), x_at + ahead, mask=(m < M) & (k + ahead < columns))
-                here = split * PARTS, coming * DEPTH, share, tiles
-                ask_groups(scale_slabs.index(slab), scales_ptr, scales_stride, rows, *here, GROUP, CHUNK, PARTS, WARPS)
-                if zeros_ptr is not None:
-                    ask_groups(
-                        zero_slabs.index(slab), zeros_ptr, scales_stride, rows, *here, GROUP, CHUNK, PARTS, WARPS
-                    )
+                copy_to_shared(x_slabs.index(slab), x_ptr + (x_at + ahead), mask=(m < M) & (k + ahead < columns))
+                here = scales_stride, rows, split * PARTS, coming * DEPTH, share, tiles
+                ask_groups(scale_slabs, zero_slabs, slab, scales_ptr, zeros_ptr, *here, GROUP, CHUNK, PARTS, WARPS)
             async_copy.commit_group()  # of nothing at the end: the count of groups stays
         xs = x_slabs.index(trip % SLABS)
         codes_at += DEPTH * 512
@@ -150,7 +156,7 @@ def _sm90_decode(
         for c in gl.static_range(CHUNKS):
             scale = of_chunk(scale_slabs.index(trip % SLABS), c, GROUPS, WARPS)
             if zeros_ptr is not None:
-                zero = zero_lanes(of_chunk(zero_slabs.index(trip % SLABS), c, GROUPS, WARPS), DTYPE)
+                zero = zeros_of_chunk(zero_slabs.index(trip % SLABS), c, DTYPE, GROUPS, WARPS)
             else:
                 zero = zero_lanes(gl.full(scale.shape, 8, gl.int32, scale.type.layout), DTYPE)
             part = gl.zeros([PARTS, ROWS, BLOCK_M], gl.float32, mma)
@@ -213,7 +219,7 @@ def plan(
 ) -> tuple[Launch, ...]:
     """The launch of out [M, N] = x [M, K] @ W^T + bias; x already permuted for act-order."""
     m, n, k = x.shape[0], weight.n, weight.k
-    x = aligned(x, X_ALIGNMENT)
+    x = x.contiguous() if x.stride(0) >= X_FARTHEST else aligned(x, X_ALIGNMENT)
     rows, block_m = tile.rows, 8 if m <= 8 else 16
     blocks, tiles = triton.cdiv(n, rows), triton.cdiv(k, TILE)
     split, share = tile.split_k, decode_share(tile, k, weight.group)
@@ -244,6 +250,7 @@ def plan(
         "PARTS": tile.parts,
         "SPLIT": split,
         "DEPTH": tile.depth,
+        "TILES": min(share, tile.depth),
         "SLABS": trips if trips <= tile.slabs else tile.ring,
         "WHOLE": trips <= tile.slabs,
         "SPARE": decode_spare_kib(tile, decode_shared_bytes(tile, m, k, weight.group, weight.zeros is not None)),

@@ -3,8 +3,7 @@
 A program computes 16 rows of the output, or 16 gate and 16 up rows, and each of its warps a part: of K (gemm1), or one
 of the token's experts (gemm2). All of its codes are asked for at its start, into registers. No clusters: the hardware
 crowds them, five programs on one SM while others have none. Column w of the matrix instruction is the x of warp w's
-part; what other columns hold of its rows is dropped. gemm2 starts with gemm1: memory is busy while that ends, and some
-of gemm2's tiles become operands before it has anything to multiply them with.
+part; what other columns hold of its rows is dropped. gemm2 starts where gemm1's programs end: memory is busy meanwhile.
 """
 
 # mypy: disable-error-code="assignment, misc, var-annotated, unreachable"
@@ -21,14 +20,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ..compat import copy_to_shared, workgroup_barrier
-from ..device import known_device
 from ..layouts import PackedWeight
 from ._launch import Launch
 from ._sm90 import (
     centred,
     groups_a_tile,
     let_the_next_kernel_start,
-    operand,
     row_offsets,
     rows_layout,
     wait_for_the_kernel_before,
@@ -37,13 +34,12 @@ from ._sm90 import (
 )
 from ._sm90_expert_gemm import ExpertGemm, columns_of, multiplied, operands
 from ._sm90_moe_consumer import activated
+from ._sm90_slabs import keep_loads_in_order
 from ._sm90_stream import beside_sums, put
 from ._token_sums import placed_sums
 
 MOST_PARTS = 8  # columns of the matrix instruction
 COLUMNS = gl.constexpr(MOST_PARTS)
-SMS = known_device("sm90").compute_units
-READY = 4  # tiles: one program an SM then, and room for one of gemm1's beside it; groups of 32 have no registers left
 
 
 @gluon.constexpr_function
@@ -70,27 +66,6 @@ def _expert_of(expert_ptr, slot, part, SUMMED: gl.constexpr, TOP_K: gl.constexpr
     return expert.to(gl.int64)
 
 
-OPERAND = gl.constexpr(16)  # registers of a tile's first operand
-_INPUTS = [f"${OPERAND.value + i}" for i in range(OPERAND.value)]
-_HELD = gl.constexpr(
-    "{ .reg .pred never; .reg .b32 any; mov.b32 any, 0; "
-    + " ".join(f"or.b32 any, any, {each};" for each in _INPUTS)
-    + " setp.eq.b32 never, any, 0x00010001; @never nanosleep.u32 1; "
-    + " ".join(f"mov.b32 ${i}, {each};" for i, each in enumerate(_INPUTS))
-    + " }"
-)
-_HELD_REGISTERS = gl.constexpr(",".join(["=r"] * OPERAND.value + ["r"] * OPERAND.value))
-
-
-@gluon.jit
-def _held(codes):
-    """A tile's first operand, computed here: ptxas would move that behind the wait, did no branch depend on it. The
-    branch is never taken: no code less its zero point is subnormal."""
-    return gl.inline_asm_elementwise(
-        _HELD, _HELD_REGISTERS, [codes], dtype=codes.dtype, is_pure=False, pack=2 * OPERAND
-    )
-
-
 @gluon.jit
 def _sm90_moe_few(
     out_ptr,  # [slots, N or N/2]; SUMMED: [tokens, N]
@@ -108,17 +83,16 @@ def _sm90_moe_few(
     codes_stride,
     scales_expert,
     scales_stride,
-    EXPERTS: gl.constexpr,
     GROUP: gl.constexpr,
     TOP_K: gl.constexpr,
     ACTIVATION: gl.constexpr,
     GATED: gl.constexpr,
+    EXPERTS: gl.constexpr,
     SUMMED: gl.constexpr,  # parts are a token's slots; else they are of K
     EARLY: gl.constexpr,  # the kernel before this one writes x and not experts: codes are asked for before it ends
     WARPS: gl.constexpr,
     TILES: gl.constexpr,  # of 64 columns, a part
     EVEN: gl.constexpr,  # every part has so many
-    READY: gl.constexpr,  # tiles that are operands before the kernel before this one ends
 ):
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     STREAMS: gl.constexpr = 2 if GATED else 1
@@ -170,13 +144,11 @@ def _sm90_moe_few(
             copy_to_shared(xs[i], x_at + i * 64 * SLAB, mask=has_x & (k + i * 64 * SLAB < K))
         async_copy.commit_group()
 
+    # No branch where there is no work: addresses are computed while ids come.
     served = (expert >= 0) & (expert < EXPERTS)
     served_row = (expert_row >= 0) & (expert_row < EXPERTS)
-    if SUMMED:
-        expert = gl.where(served, expert, 0)
-        expert_row = gl.where(served_row, expert_row, 0)
-    elif not served:
-        return
+    expert = gl.where(served, expert, 0)
+    expert_row = gl.where(served_row, expert_row, 0)
 
     codes_at = (y // 4 * 0 + block_n // 4).to(gl.int64) * codes_stride + expert * codes_expert
     codes_at = codes_ptr + (codes_at + first * 512 + block_n % 4 * 128 + y % 4 * 32) + word
@@ -199,15 +171,12 @@ def _sm90_moe_few(
                 else:
                     words = words + (gl.load(at_ptr, mask=mask, eviction_policy="evict_first"),)
 
+    if not EARLY:
+        keep_loads_in_order()  # ptxas waits for x before it asks for codes else
     eights = gl.full([WARPS, 8, GROUPS, 2], 8, gl.int32, rows_layout(WARPS, GROUPS))
     row = gl.arange(0, 16 * WARPS, gl.SliceLayout(1, mma))
     if SUMMED and shares_ptr is not None:
         share = gl.load(shares_ptr + slot * TOP_K + row // 16, mask=row // 16 < TOP_K, other=0.0).to(gl.float32)
-    ready = ()
-    for i in gl.static_range(READY):
-        zero = zero_lanes(eights if zeros_ptr is None else zeros[i // CHUNK], DTYPE)
-        codes = operand(centred(words[i], zero, DTYPE, WARPS), None, DTYPE, WARPS, a_layout)
-        ready = ready + (_held(codes),)
     if EARLY:
         wait_for_the_kernel_before()
         let_the_next_kernel_start()
@@ -227,12 +196,9 @@ def _sm90_moe_few(
         for i in gl.static_range(c * CHUNK, (c + 1) * CHUNK):
             x = columns_of(xs[i // SLAB], i % SLAB * 64, GROUPS, b_layout)
             for s in gl.static_range(STREAMS):
-                if i < READY:
-                    codes = (ready[i],)
-                else:
-                    zero = zero_lanes(eights if zeros_ptr is None else zeros[c * STREAMS + s], DTYPE)
-                    pairs = centred(words[i * STREAMS + s], zero, DTYPE, WARPS)
-                    codes = operands(pairs, GROUPS, DTYPE, WARPS, a_layout)
+                zero = zero_lanes(eights if zeros_ptr is None else zeros[c * STREAMS + s], DTYPE)
+                pairs = centred(words[i * STREAMS + s], zero, DTYPE, WARPS)
+                codes = operands(pairs, GROUPS, DTYPE, WARPS, a_layout)
                 acc, part = multiplied(accs[s], parts[s], codes, x, scales[c * STREAMS + s], GROUPS, WARPS, mma)
                 accs, parts = put(accs, s, acc), put(parts, s, part)
         if GROUPS == 1:
@@ -256,7 +222,10 @@ def _sm90_moe_few(
     if GATED:
         value *= sums[1]
     n = block_n * 16 + gl.arange(0, 16, value.type.layout)
-    gl.store(out_ptr + slot.to(gl.int64) * out_stride + n, value.to(out_ptr.dtype.element_ty), mask=n < WIDTH)
+    here = n < WIDTH
+    if not SUMMED:
+        here &= served
+    gl.store(out_ptr + slot.to(gl.int64) * out_stride + n, value.to(out_ptr.dtype.element_ty), mask=here)
 
 
 def few(
@@ -297,13 +266,12 @@ def _launch(it: ExpertGemm, rows: int, warps: int, *, early: bool = False, summe
     into out [tokens, N]."""
     mine = it.tiles if summed else triton.cdiv(it.tiles, warps)
     grid = triton.cdiv(it.width, 16), rows
-    ready = early and math.prod(grid) <= SMS and groups_a_tile(it.weight.group) == 1
     constants = {
+        "EXPERTS": it.weight.experts,
         "SUMMED": summed,
         "EARLY": early,
         "WARPS": warps,
         "TILES": mine,
         "EVEN": summed or mine * warps == it.tiles,
-        "READY": min(READY, mine) if ready else 0,
     }
     return it.launch(_sm90_moe_few, grid, args={}, constants=constants, options={"num_warps": warps})

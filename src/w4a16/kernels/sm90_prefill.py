@@ -25,9 +25,9 @@ from ..layouts.sm90 import TILE, TILE_WORDS
 from ..tuning.sm90_tiles import Sm90PrefillTile
 from ._add_parts import addition
 from ._launch import Launch, runs
-from ._sm90 import aligned, groups_a_tile, let_the_next_kernel_start
+from ._sm90 import aligned, let_the_next_kernel_start
 from ._sm90_prefill_consumer import consume
-from ._sm90_prefill_producer import box_rows, produce, product_rows, stand_by, tiles_a_box
+from ._sm90_prefill_producer import box_rows, groups_a_box, produce, product_rows, stand_by, tiles_a_box
 
 BOX_BYTES = 128  # TMA writes to multiples of this in shared memory: zero points of two tiles are read for one
 OUT_DESCS = ("out_desc", "second_out_desc", "third_out_desc")
@@ -70,9 +70,9 @@ def _sm90_prefill(
     IN_TURN: gl.constexpr,  # warpgroups start their products one after the other
 ):
     DTYPE: gl.constexpr = x_desc.dtype
-    GROUPS: gl.constexpr = groups_a_tile(GROUP)
     PRODUCTS: gl.constexpr = products(BLOCK_M)
     TILES: gl.constexpr = BLOCK_K // 64
+    GROUPS: gl.constexpr = groups_a_box(GROUP, TILES)
     BOXES: gl.constexpr = RING * WARPGROUPS * TILES // tiles_a_box(GROUP, TILES)
     let_the_next_kernel_start()
     xs = ()
@@ -154,6 +154,7 @@ def plan(
     share = tile.block_m // 2 if paired else tile.block_m
     parts = out.new_empty((units, rows, share), dtype=torch.float32) if split > 1 else None
     group = blocks_k * tile.block_k if weight.group == k else weight.group
+    groups = groups_a_box(group, tile.block_k // TILE)
     codes = weight.codes.view(-1, TILE_WORDS // 16)
     box = gl.NVMMASharedLayout.get_default_for([8, TILE], _GLUON[out.dtype])
     heights = [product_rows(tile.block_m, j) for j in range(3)]
@@ -166,8 +167,8 @@ def plan(
         "codes_desc": TensorDescriptor.from_tensor(
             codes, [tile.block_k // 4, TILE_WORDS // 16], gl.NVMMASharedLayout(128, 32, 2)
         ),
-        "scales_desc": _row_desc(weight.scales, group),
-        "zeros_desc": None if weight.zeros is None else _row_desc(weight.zeros, group),
+        "scales_desc": _row_desc(weight.scales, groups),
+        "zeros_desc": None if weight.zeros is None else _row_desc(weight.zeros, groups),
         "bias_ptr": bias if whole else None,
         "parts_ptr": parts,
         "M": m,
@@ -203,9 +204,9 @@ def _box(rows: Tensor, height: int, layout: gl.NVMMASharedLayout) -> TensorDescr
     return TensorDescriptor.from_tensor(rows, [height, TILE], layout) if height else None
 
 
-def _row_desc(grid: Tensor, group: int) -> TensorDescriptor:
-    """Scales or zero points in boxes of one tile."""
-    box = [groups_a_tile(group), max(TILE, BOX_BYTES // grid.itemsize)]
+def _row_desc(grid: Tensor, groups: int) -> TensorDescriptor:
+    """Scales or zero points in boxes of so many groups and of one tile's rows."""
+    box = [groups, max(TILE, BOX_BYTES // grid.itemsize)]
     return TensorDescriptor(
         grid, list(grid.shape), [grid.shape[1], 1], box, gl.NVMMASharedLayout(0, 8 * grid.itemsize, 2)
     )

@@ -14,6 +14,7 @@ columns needs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -62,19 +63,19 @@ def pack_sm90(weight: QuantizedWeight, act: torch.dtype) -> tuple[Tensor, Tensor
     return codes, scales, zeros
 
 
-def rows_sm90(packed: PackedWeight, start: int, stop: int) -> PackedWeight:
-    """Rows of whole tiles as a weight of their own."""
+def split_sm90(packed: PackedWeight, rows: Sequence[int]) -> list[PackedWeight]:
+    """Weights of so many rows each, all of whole tiles, in memory of their own."""
+    codes = packed.codes.split([count // TILE for count in rows])
+    scales = packed.scales.split(rows, dim=-1)
+    zeros = [None] * len(rows) if packed.zeros is None else packed.zeros.split(rows, dim=-1)
 
-    def taken(grid: Tensor) -> Tensor:
-        return grid[..., start:stop].clone(memory_format=torch.contiguous_format)
+    def own(grid: Tensor) -> Tensor:
+        return grid.clone(memory_format=torch.contiguous_format)
 
-    return replace(
-        packed,
-        codes=packed.codes[start // TILE : stop // TILE].clone(),
-        scales=taken(packed.scales),
-        zeros=None if packed.zeros is None else taken(packed.zeros),
-        n=stop - start,
-    )
+    return [
+        replace(packed, codes=own(c), scales=own(s), zeros=None if z is None else own(z), n=n)
+        for c, s, z, n in zip(codes, scales, zeros, rows, strict=True)
+    ]
 
 
 def unpack_sm90(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -204,8 +204,8 @@ class W4A16MoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     def _try(self, layer: Any, m: int) -> None:
         """m tokens, each to as many experts as vLLM sends one, all of them in turn."""
         config, device = self.moe, layer.w4a16.w13.get().codes.device
-        ids = torch.arange(m * config.experts_per_token, device=device, dtype=torch.int32) % config.num_local_experts
-        ids = ids.view(m, -1)
+        slots = torch.arange(m * config.experts_per_token, device=device, dtype=_vllm_warmup.IDS)
+        ids = (slots % config.num_local_experts).view(m, -1)
         x = torch.zeros(m, config.hidden_dim, dtype=self.act, device=device)
         self.apply(layer, x, torch.ones_like(ids, dtype=torch.float32), ids)
 
@@ -214,6 +214,11 @@ class W4A16MoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         data: Tensor = getattr(layer, f"{half}_{name}").data
         delattr(layer, f"{half}_{name}")
         return data
+
+    @property
+    def topk_indices_dtype(self) -> torch.dtype:
+        """What vLLM's routers are told to name experts in: the warm-up compiled for it."""
+        return _vllm_warmup.IDS
 
     def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
         """None: the scales are w4a16's own, and no kernel of vLLM reads them."""

@@ -23,7 +23,8 @@ def decode_split(tile: Sm90DecodeTile, problem: Problem, device: Device) -> int:
     blocks, tiles = cdiv(problem.n, tile.rows), cdiv(cdiv(problem.k, TILE), tile.parts)
 
     def cost(split: int) -> float:
-        mine = cdiv(decode_share(replace(tile, split_k=split), problem.k, problem.group), tile.depth) * tile.depth
+        share = decode_share(replace(tile, split_k=split), problem.k, problem.group)
+        mine = share if share <= tile.depth else cdiv(share, tile.depth) * tile.depth
         an_sm = blocks * split / device.compute_units
         turns = max(an_sm / tile.residents, 1.0)
         waiting = turns * mine * 8 / tile.depth

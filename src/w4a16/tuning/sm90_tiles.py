@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -83,9 +84,10 @@ def _blocks(tile: Sm90PrefillTile, problem: Problem) -> int:
     return cdiv(problem.m, tile.block_m) * cdiv(problem.n, TILE * tile.warpgroups)
 
 
-def _boxes(tile: Sm90PrefillTile, m: int) -> int:
-    """Boxes of x that copy the last block's rows where it is not whole, but for those of its whole products."""
-    left, rest = m % tile.block_m, tile.block_m
+@functools.cache
+def _boxes(block_m: int, left: int) -> int:
+    """Boxes of x that copy the rows left for the last block, not a whole one, but for those of its whole products."""
+    rest = block_m
     main, odd = 1 << rest.bit_length() >> 1, rest & -rest
     while rest and left >= (product := 1 << rest.bit_length() >> 1):
         left, rest = left - product, rest - product
@@ -99,7 +101,7 @@ def sm90_us(tile: Sm90PrefillTile, problem: Problem, device: Device) -> float:
     steps = cdiv(cdiv(problem.k, tile.block_k), tile.split_k) * (tile.block_k // TILE)
     two = tile.residents > 1 and units > device.compute_units
     step_ns = tile.step_ns * (ALONE if tile.residents > 1 and not two else 1.0)
-    step_us = 1e-3 * max(step_ns, BOX_NS * _boxes(tile, problem.m))
+    step_us = 1e-3 * max(step_ns, BOX_NS * _boxes(tile.block_m, problem.m % tile.block_m))
     us = cdiv(units, slots) * (WAVE_US + steps * step_us) + (TWO_US if two else 0.0)
     if tile.split_k == 1:
         return us
@@ -113,11 +115,20 @@ def sm90_us(tile: Sm90PrefillTile, problem: Problem, device: Device) -> float:
 def prefill_choices(tile: Sm90PrefillTile, problem: Problem, device: Device) -> Iterator[Sm90PrefillTile]:
     """The tile with K in every number of parts worth a thought: at most one wave of programs, 512 columns a part."""
     units, slots = _blocks(tile, problem), device.compute_units * tile.residents
-    for split in SPLITS:
-        if split == 1 or (units * split <= slots and problem.k >= 512 * split):
-            yield replace(tile, split_k=split)
-            if split == 2 and _unpaired(tile) is None:
-                yield replace(tile, split_k=split, paired=True)
+    for choice in _in_parts(tile):
+        split = choice.split_k
+        if split > 1 and (units * split > slots or problem.k < 512 * split):
+            return
+        yield choice
+
+
+@functools.cache
+def _in_parts(tile: Sm90PrefillTile) -> tuple[Sm90PrefillTile, ...]:
+    """The tile with K in every number of parts, ascending; built once, as that takes longer than to compare them."""
+    parts = [replace(tile, split_k=split) for split in SPLITS]
+    if _unpaired(tile) is None:
+        parts.insert(SPLITS.index(2) + 1, replace(tile, split_k=2, paired=True))
+    return tuple(parts)
 
 
 def _unpaired(tile: Sm90PrefillTile) -> str | None:

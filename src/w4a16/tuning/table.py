@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
@@ -73,7 +73,10 @@ class TuningRow:
         return replace(self, tile=tile)
 
     def covers(self, problem: Problem, device: Device) -> bool:
-        return self.use and all(_CONDITIONS[name](v, problem, device) for name, v in self.conditions.items())
+        for name, wanted in self.conditions.items():
+            if not _CONDITIONS[name](wanted, problem, device):
+                return False
+        return self.use
 
 
 @functools.cache
@@ -99,23 +102,26 @@ def rows_of(table: str) -> tuple[TuningRow, ...]:
     )
 
 
-def device_rows(stem: str, device: Device) -> Iterator[TuningRow]:
+@functools.cache
+def device_rows(stem: str, device: Device) -> tuple[TuningRow, ...]:
     """The rows of kernel `stem` that a device reads, in the order it reads them."""
-    for table in dict.fromkeys((device.arch, device.family, "any")):
-        yield from (row for row in rows_of(table) if row.stem == stem)
+    tables = dict.fromkeys((device.arch, device.family, "any"))
+    return tuple(row for table in tables for row in rows_of(table) if row.stem == stem)
 
 
 def covering_row(stem: str, problem: Problem, device: Device) -> TuningRow | None:
     """The first row of kernel `stem` that covers the problem, None when there is none; for Hopper's prefill the row
     that a model of its time finds fastest. A split of K that the row leaves open is settled here.
     """
-    rows = [row for row in device_rows(stem, device) if row.covers(problem, device)]
-    if rows and isinstance(rows[0].tile, Sm90DecodeTile):
-        return rows[0].with_tile(settled(rows[0].tile, problem, device))
-    if not rows or not isinstance(rows[0].tile, Sm90PrefillTile) or rows[0].tile.split_k:
-        return rows[0] if rows else None
-    choices = [row.with_tile(tile) for row in rows for tile in prefill_choices(row.tile, problem, device)]
-    return min(choices, key=lambda row: sm90_us(row.tile, problem, device))
+    rows = (row for row in device_rows(stem, device) if row.covers(problem, device))
+    first = next(rows, None)
+    if first is not None and isinstance(first.tile, Sm90DecodeTile):
+        return first.with_tile(settled(first.tile, problem, device))
+    if first is None or not isinstance(first.tile, Sm90PrefillTile) or first.tile.split_k:
+        return first
+    choices = ((row, tile) for row in (first, *rows) for tile in prefill_choices(row.tile, problem, device))
+    row, tile = min(choices, key=lambda choice: sm90_us(choice[1], problem, device))
+    return row.with_tile(tile)
 
 
 def row_for(stem: str, problem: Problem, device: Device) -> TuningRow:
