@@ -126,5 +126,5 @@ class Oracle:
         return torch.log_softmax(self.model(torch.tensor([ids])).logits[0].float(), dim=-1)
 
     @classmethod
-    def of(cls, folder: Path, dtype: torch.dtype = torch.float32) -> Oracle:
-        return cls(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval())
+    def of(cls, folder: Path) -> Oracle:
+        return cls(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
