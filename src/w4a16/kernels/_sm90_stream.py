@@ -1,4 +1,4 @@
-"""What a stream of tiles of layout SM90 is, from memory into operands of mma.sync: codes and scales in registers."""
+"""What a stream of tiles of layout SM90 is, from memory into operands of mma.sync: codes in registers."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -6,9 +6,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from ..compat import copy_to_shared
 from ..tuning import sm90_tiles
 from ._sm90 import operand
 
@@ -25,17 +23,6 @@ def put(values, i: gl.constexpr, value):
 def words_of(codes_at, i: gl.constexpr, left):
     """Tile i from here on; past the end of K anything: x is zero there."""
     return gl.load(codes_at + i * 512, mask=i < left, eviction_policy="evict_first")
-
-
-@gluon.jit
-def of_group(at_ptr, i: gl.constexpr, tile, left, GROUP: gl.constexpr, CHUNK: gl.constexpr, stride):
-    """What the group of tile i from here on has for each row. at_ptr: at the group of `tile`, which is here; for groups
-    that end within a trip and not within a chunk, at the first of all."""
-    if GROUP == 32 or GROUP == 64 * CHUNK:
-        at = at_ptr + (i * 64 // GROUP) * stride
-    else:
-        at = at_ptr + (tile + i) * 64 // GROUP * stride
-    return gl.load(at, mask=i < left, other=0)
 
 
 @gluon.jit
@@ -56,11 +43,3 @@ def halves(pairs, DTYPE: gl.constexpr, WARPS: gl.constexpr, layout: gl.constexpr
     near3, far3 = gl.split(t3.reshape([WARPS, 8, 4, 2, 2]).permute([0, 1, 2, 4, 3]))
     near = operand((near0, near1, near2, near3), None, DTYPE, WARPS, layout)
     return near, operand((far0, far1, far2, far3), None, DTYPE, WARPS, layout)
-
-
-@gluon.jit
-def ask_slab(slab, x_at, valid, k, K, trip, DEPTH: gl.constexpr):
-    """Starts copying the columns of x of one trip; zeros past the end of K, and for rows that are padding."""
-    ahead = trip * (64 * DEPTH)
-    copy_to_shared(slab, x_at + ahead, mask=valid & (k + ahead < K))
-    async_copy.commit_group()
