@@ -32,6 +32,7 @@ def isa(
     asm: Annotated[bool, typer.Option("--asm", help="Print the machine code.")] = False,
 ) -> None:
     """Compile a kernel for a GPU that is not here; count the instructions, registers and spills of its hot loop."""
+    from .codegen.cases import compiled_stems
     from .codegen.golden import tile_text
     from .codegen.isa import read_isa
     from .codegen.report import Column, isa_table, opcode_table
@@ -39,14 +40,21 @@ def isa(
     from .device import known_device
     from .problem import Problem
     from .tuning.table import tile_for
+    from .tuning.tiles import why_illegal
 
+    if kernel not in compiled_stems():
+        wanted = ", ".join(compiled_stems())
+        raise BadInput(explain_mismatch("--kernel", got=kernel, wanted=wanted, then="Name one."))
     group = k if group == -1 else group
     problem = Problem(m=m, n=n, k=k, group=group, act=act, has_zeros=asym, experts=experts, top_k=top_k)
     where = known_device(device)
     default = tile_for(kernel, problem, where)
     columns = []
     for fields in tile or [""]:
-        for code in compile_stem(kernel, problem, where, changed(default, fields)):
+        wanted_tile = changed(default, fields)
+        if (why := why_illegal(kernel, wanted_tile, problem, where)) is not None:
+            raise BadInput(f"{kernel}, m={m} n={n} k={k}, {tile_text(wanted_tile)}: {why}. Change --tile or the sizes.")
+        for code in compile_stem(kernel, problem, where, wanted_tile):
             title = "\n".join([code.name, *fields.split(",")])
             columns.append(Column(title=title, reading=read_isa(code)))
             if asm:
@@ -69,8 +77,13 @@ def changed(tile: Any, fields: str) -> Any:
         if not hasattr(tile, name):
             wanted = ", ".join(vars(tile)) if tile is not None else "none: this kernel has no tile"
             raise BadInput(explain_mismatch("--tile field", got=name, wanted=wanted, then="Correct the option."))
-        kind = type(getattr(tile, name))
-        changes[name] = value in ("1", "true", "True") if kind is bool else kind(value)
+        now = getattr(tile, name)
+        try:
+            changes[name] = value in ("1", "true", "True") if isinstance(now, bool) else type(now)(value)
+        except ValueError:
+            wanted = f"a value such as {now!r}, and commas between fields"
+            got = f"{name}={value}"
+            raise BadInput(explain_mismatch("--tile", got=got, wanted=wanted, then="Correct the option.")) from None
     return replace(tile, **changes) if changes else tile
 
 

@@ -89,12 +89,13 @@ def _random(model: str, device: str, dtype: str, group: int, asym: bool) -> Any:
 
 def _loaded(model: str, device: str, dtype: str) -> Any:
     """The model on w4a16's layers where its checkpoint is quantised; else as transformers loads it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from .api import load
+    from .plugins.transformers import config_dict
 
     act = _dtype(dtype, "auto")
-    if getattr(AutoConfig.from_pretrained(model), "quantization_config", None) is not None:
+    if config_dict(model).get("quantization_config") is not None:
         return load(model, device, dtype=act)
     return AutoModelForCausalLM.from_pretrained(model, dtype=act).to(device).eval()
 

@@ -88,6 +88,12 @@ def test_explain_exits_1_without_a_kernel() -> None:
         (["convert", str(DENSE), "out"], "not quantised"),
         (["eval", "nowhere", "--dense", str(DENSE), "--text", "no.txt"], "no.txt"),
         (["generate", "nowhere"], "nowhere"),
+        (["profile", "./nowhere"], "got ./nowhere, wanted a folder"),
+        (["serve", "./nowhere"], "got ./nowhere, wanted a folder"),
+        (["bench", "--shapes", "64x64", "--batches", "x"], "got x, wanted numbers"),
+        (["isa", "--kernel", "nothing", "--device", "sm90"], "got nothing, wanted sm90_decode"),
+        (["isa", "--kernel", "sm90_decode", "--device", "sm90", "--m", "100"], "m must be at most 16"),
+        (["isa", "--kernel", "sm90_prefill", "--device", "sm90", "--tile", "block_m=7"], "block_m must be"),
     ],
 )
 def test_bad_input_is_one_message(

@@ -266,3 +266,5 @@ def test_fields_of_a_tile_are_changed_as_the_type_they_have() -> None:
     assert changed(tile, "") is tile
     with pytest.raises(BadInput, match="got blockm, wanted block_m, block_n"):
         changed(tile, "blockm=64")
+    with pytest.raises(BadInput, match="block_m=64 warps=8"):
+        changed(tile, "block_m=64 warps=8")

@@ -126,7 +126,11 @@ def _grouped(shapes: tuple[AnyShape, ...], group: int | None, whole: Callable[[A
 
 
 def _numbers(given: str | None, default: tuple[int, ...]) -> tuple[int, ...]:
-    return default if given is None else tuple(map(int, given.split(",")))
+    try:
+        return default if given is None else tuple(map(int, given.split(",")))
+    except ValueError:
+        wanted = "numbers such as 1,16,512"
+        raise BadInput(explain_mismatch("rows", got=given, wanted=wanted, then="Correct them.")) from None
 
 
 def _kinds(options: argparse.Namespace) -> Iterator[tuple[str, bool]]:

@@ -241,16 +241,23 @@ def _loading(checkpoint: Checkpoint | None) -> Iterator[None]:
                 gc.enable()
 
 
-def load_model(path_or_id: str, device: torch.device | str = "cpu", **kwargs: Any) -> Any:
-    """A causal LM from a folder or a Hub id. kwargs go to `from_pretrained`; a `device_map` overrides `device`."""
-    # what is wrong with it, before anything is loaded
-    opened = open_checkpoint(path_or_id) if Path(path_or_id).is_dir() else None
+def config_dict(path_or_id: str, **kwargs: Any) -> dict[str, Any]:
+    """config.json of a folder or a Hub id. Raises BadInput when there is none."""
     try:
         config, _ = PreTrainedConfig.get_config_dict(path_or_id, **kwargs)
     except OSError as error:
         wanted = "a folder with config.json, or a Hub id that can be reached"
         then = f"Check the name ({str(error).splitlines()[0]})"
         raise BadInput(explain_mismatch("model", got=path_or_id, wanted=wanted, then=then)) from error
+    found: dict[str, Any] = config
+    return found
+
+
+def load_model(path_or_id: str, device: torch.device | str = "cpu", **kwargs: Any) -> Any:
+    """A causal LM from a folder or a Hub id. kwargs go to `from_pretrained`; a `device_map` overrides `device`."""
+    # what is wrong with it, before anything is loaded
+    opened = open_checkpoint(path_or_id) if Path(path_or_id).is_dir() else None
+    config = config_dict(path_or_id, **kwargs)
     scheme = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
     if scheme.get("quant_method") not in FORMATS or not _serves(scheme):
         raise Unsupported(
@@ -265,6 +272,7 @@ def load_model(path_or_id: str, device: torch.device | str = "cpu", **kwargs: An
 
 def serve(argv: Sequence[str]) -> None:
     """`transformers serve` with the hook on: an OpenAI-compatible server. argv is its arguments, the model first."""
+    config_dict(argv[0])  # here one sentence says what is wrong with it
     enable()
     try:
         from transformers.cli.transformers import app
