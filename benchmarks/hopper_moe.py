@@ -19,7 +19,7 @@ from torch import Tensor
 
 from w4a16 import PackedWeight, QuantizedWeight, moe, pack_experts, record
 from w4a16.bench.expert_cases import EXPERTS, ROUTINGS, TOKENS, ExpertShape, random_experts, routed
-from w4a16.bench.expert_providers import grouped_mm
+from w4a16.bench.expert_peers import grouped_mm
 from w4a16.bench.expert_run import CHECKED, ROTATED, expected
 from w4a16.bench.timer import time_calls
 from w4a16.device import this_machine

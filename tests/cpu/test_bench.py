@@ -17,7 +17,8 @@ from w4a16 import BadInput
 from w4a16.bench import report
 from w4a16.bench.cases import MODELS, Shape, shapes_of
 from w4a16.bench.command import main
-from w4a16.bench.providers import PROVIDERS, Provider, copied, providers_of
+from w4a16.bench.peers import copied
+from w4a16.bench.providers import PROVIDERS, Provider, providers_of
 from w4a16.bench.run import Refusal, Result, run
 from w4a16.bench.timer import copies_for, spread_percent, time_calls
 from w4a16.device import DEVICES

@@ -21,6 +21,7 @@ from .expert_cases import EXPERTS, ROUTINGS, TOKENS, ExpertShape, expert_shapes_
 from .expert_run import ExpertRefusal, ExpertResult, run_experts
 from .run import Refusal, Result, run
 
+LINEAR_PROVIDERS, EXPERT_PROVIDERS = "w4a16,cublas,tinygemm,gemlite,humming", "w4a16,grouped_mm,humming"  # by default
 READY = "ready"  # what a process that waits says
 AnyShape = TypeVar("AnyShape", Shape, ExpertShape)
 
@@ -40,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-gemms", action="store_true", help="with --moe: do not time the GEMMs alone")
     p.add_argument(
         "--providers",
-        help=f"comma-separated: {', '.join(providers.PROVIDERS)} (default w4a16,cublas,tinygemm,gemlite); with --moe: "
-        f"{', '.join(expert_providers.PROVIDERS)} (default w4a16,grouped_mm)",
+        help=f"comma-separated: {', '.join(providers.PROVIDERS)} (default {LINEAR_PROVIDERS}); with --moe: "
+        f"{', '.join(expert_providers.PROVIDERS)} (default {EXPERT_PROVIDERS})",
     )
     p.add_argument("--act", default="bf16", help="activation dtypes, comma-separated: bf16, fp16, fp32")
     p.add_argument("--zeros", default="sym", help="sym, asym or both, comma-separated")
@@ -99,7 +100,7 @@ def _linear_shapes(options: argparse.Namespace) -> tuple[Shape, ...]:
 
 
 def _linear_providers(options: argparse.Namespace) -> tuple[providers.Provider, ...]:
-    return providers.providers_of(options.providers or "w4a16,cublas,tinygemm,gemlite")
+    return providers.providers_of(options.providers or LINEAR_PROVIDERS)
 
 
 def _expert_shapes(options: argparse.Namespace) -> tuple[ExpertShape, ...]:
@@ -107,7 +108,7 @@ def _expert_shapes(options: argparse.Namespace) -> tuple[ExpertShape, ...]:
 
 
 def _expert_providers(options: argparse.Namespace) -> tuple[expert_providers.ExpertProvider, ...]:
-    return expert_providers.expert_providers_of(options.providers or "w4a16,grouped_mm")
+    return expert_providers.expert_providers_of(options.providers or EXPERT_PROVIDERS)
 
 
 def names_of(given: str, known: Collection[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What is timed of an expert layer: w4a16, each of its kernels by stem, and grouped GEMMs over dense weights."""
+"""What is timed of an expert layer: w4a16, each of its kernels by stem, and peers."""
 
 from __future__ import annotations
 
@@ -21,74 +21,24 @@ from ..ops import _expert_linear
 from ..problem import ACT_NAMES, Problem
 from ..tuning.table import tile_for
 from ..weight import QuantizedWeight
+from . import expert_peers
+from .expert_peers import Prepared, Weights
+from .peers import Refuses, needs
 
-Weights = tuple[QuantizedWeight, QuantizedWeight]
-Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
-Gemms = Callable[[Tensor, Tensor, Tensor], Callable[[], object]]
 HOW: dict[str, Any] = {"activation": "silu", "gated": True, "weight_input": False}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """One packed expert layer.
-
-    layer   (x, shares, ids) -> y, all that follows the router
-    gemms   (x, shares, ids) -> a function that repeats its GEMMs alone; None where they cannot be told apart
-    """
-
-    layer: Layer
-    gemms: Gemms | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertProvider:
     """prepare(weights, act) packs; unsupported(problem, device) is a sentence or None.
 
-    roundings   by how much the house bound on the error is multiplied: dense layers round w, gate, up and y too
+    roundings   by how much the house bound on the error is multiplied: peers round gate, up and y too, dense ones w
     """
 
     name: str
     prepare: Callable[[Weights, torch.dtype], Prepared]
-    unsupported: Callable[[Problem, Device], str | None]
+    unsupported: Refuses
     roundings: int = 1
-
-
-def grouped_mm(x: Tensor, w13: Tensor, w2: Tensor, shares: Tensor, ids: Tensor) -> Tensor:
-    """The same layer over dense weights [E, 2I, H] and [E, H, I]: sort, two grouped GEMMs, weighted sum."""
-    tokens, top_k = ids.shape
-    order, ends = _sorted(ids, len(w13))
-    gate, up = _grouped(x[order // top_k], w13, ends).chunk(2, dim=-1)
-    y = _grouped(torch.nn.functional.silu(gate) * up, w2, ends)
-    slots = torch.empty_like(y).index_copy_(0, order, y)
-    return (slots.view(tokens, top_k, -1).float() * shares.unsqueeze(-1)).sum(1).to(x.dtype)
-
-
-def _sorted(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Slots in the order of their experts, and where each expert's end."""
-    key, order = ids.flatten().sort(stable=True)
-    return order, torch.searchsorted(key, torch.arange(experts, device=ids.device), right=True).to(torch.int32)
-
-
-def _grouped(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    return torch._grouped_mm(x, w.transpose(1, 2), offs=ends)
-
-
-def _dense(weights: Weights, act: torch.dtype) -> Prepared:
-    w13, w2 = (weight.dequantize(act) for weight in weights)
-
-    def gemms(x: Tensor, shares: Tensor, ids: Tensor) -> Callable[[], object]:
-        order, ends = _sorted(ids, len(w13))
-        rows = x[order // ids.shape[1]]
-        hidden = _grouped(rows, w13, ends)[:, : w2.shape[-1]].contiguous()
-        return lambda: (_grouped(rows, w13, ends), _grouped(hidden, w2, ends))
-
-    return Prepared(layer=lambda x, shares, ids: grouped_mm(x, w13, w2, shares, ids), gemms=gemms)
-
-
-def _dense_unsupported(problem: Problem, device: Device) -> str | None:
-    if not hasattr(torch, "_grouped_mm"):
-        return "this torch has no _grouped_mm"
-    return None if problem.act == "bf16" else f"activations must be bf16, not {problem.act}"
 
 
 def _w4a16(weights: Weights, act: torch.dtype) -> Prepared:
@@ -162,7 +112,10 @@ PROVIDERS: dict[str, ExpertProvider] = {
     provider.name: provider
     for provider in (
         ExpertProvider(name="w4a16", prepare=_w4a16, unsupported=lambda problem, device: None),
-        ExpertProvider(name="grouped_mm", prepare=_dense, unsupported=_dense_unsupported, roundings=3),
+        ExpertProvider(
+            name="grouped_mm", prepare=expert_peers.dense, unsupported=expert_peers.dense_unsupported, roundings=3
+        ),
+        ExpertProvider(name="humming", prepare=expert_peers.humming, unsupported=needs("humming"), roundings=3),
         *(_kernel(row) for row in TABLE if row.op == "moe"),
     )
 }

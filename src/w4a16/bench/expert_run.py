@@ -21,7 +21,8 @@ from ..roofline.peaks import measured_here
 from ..roofline.scopes import moe_facts
 from ..tuning.table import tile_for
 from .expert_cases import ExpertShape, random_experts, routed, some_experts
-from .expert_providers import ExpertProvider, Prepared, Weights
+from .expert_peers import Prepared, Weights
+from .expert_providers import ExpertProvider
 from .run import BOUNDS
 from .timer import ROTATE_BYTES, spread_percent, time_calls
 

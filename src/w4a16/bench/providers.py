@@ -1,4 +1,4 @@
-"""What is timed: w4a16, each of its kernels by stem, the vendor BLAS on dense weights, and other libraries' kernels."""
+"""What is timed: w4a16, each of its kernels by stem, the vendor BLAS on dense weights, and peers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from .. import layouts
 from ..api import linear, pack
-from ..device import Device, current_device, installed
+from ..device import Device, current_device
 from ..dispatch import launcher, layout_for
 from ..dispatch_table import TABLE, Row
 from ..errors import BadInput, explain_mismatch
 from ..layouts import PackedWeight
 from ..problem import ACT_NAMES, Problem
 from ..tuning.table import tile_for
-from ..weight import SYMMETRIC_ZERO, QuantizedWeight, unpack_nibbles
-
-Multiply = Callable[[Tensor], Tensor]
+from ..weight import QuantizedWeight
+from . import peers
+from .peers import Multiply, Refuses, copied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,8 @@ class Provider:
 
     name: str
     prepare: Callable[[QuantizedWeight, torch.dtype, int], list[Multiply]]
-    unsupported: Callable[[Problem, Device], str | None]
+    unsupported: Refuses
     dense: bool = False
-
-
-def copied(tensor: Tensor) -> Tensor:
-    """Another tensor of the same values and strides, padded rows included."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def repacked(packed: PackedWeight, copies: int) -> list[PackedWeight]:
@@ -57,60 +52,6 @@ def _w4a16(weight: QuantizedWeight, act: torch.dtype, copies: int) -> list[Multi
 def _dense(weight: QuantizedWeight, act: torch.dtype, copies: int) -> list[Multiply]:
     values = weight.dequantize(act).t()
     return [functools.partial(torch.mm, mat2=one) for one in (values, *(copied(values) for _ in range(copies - 1)))]
-
-
-def _tinygemm(weight: QuantizedWeight, act: torch.dtype, copies: int) -> list[Multiply]:
-    """torch's `_weight_int4pack_mm`: w = (q - 8) * scale + shift, 16 columns of K a tile."""
-    codes = unpack_nibbles(weight.codes)
-    packed = torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4) | codes[:, 1::2], 8)
-    scales = weight.scales.to(act)
-    zeros = SYMMETRIC_ZERO if weight.zeros is None else weight.zeros.to(act)
-    both = torch.stack([scales, (8 - zeros) * scales], dim=-1).transpose(0, 1).contiguous()
-    pairs = [(packed, both), *((copied(packed), copied(both)) for _ in range(copies - 1))]
-
-    def multiply(x: Tensor, words: Tensor, grid: Tensor) -> Tensor:
-        out: Tensor = torch.ops.aten._weight_int4pack_mm(x, words, weight.group, grid)
-        return out
-
-    return [functools.partial(multiply, words=words, grid=grid) for words, grid in pairs]
-
-
-def _tinygemm_unsupported(problem: Problem, device: Device) -> str | None:
-    if not device.arch.startswith("sm"):
-        return f"runs on NVIDIA GPUs, not on {device.arch}"
-    if problem.act != "bf16":
-        return f"activations must be bf16, not {problem.act}"
-    if problem.group not in (32, 64, 128, 256):
-        return f"group must be 32, 64, 128 or 256, not {problem.group}"
-    if problem.k % 1024 or problem.n % 8:
-        return f"K must be a multiple of 1024 and N of 8, not {problem.k} and {problem.n}"
-    return None
-
-
-def _gemlite(weight: QuantizedWeight, act: torch.dtype, copies: int) -> list[Multiply]:
-    return [_gemlite_layer(weight, act) for _ in range(copies)]
-
-
-def _gemlite_layer(weight: QuantizedWeight, act: torch.dtype) -> Multiply:
-    import gemlite
-
-    kind = gemlite.DType.BF16 if act == torch.bfloat16 else gemlite.DType.FP16
-    n, k = weight.n, weight.k
-    layer = gemlite.GemLiteLinear(
-        4, group_size=weight.group, in_features=k, out_features=n, input_dtype=kind, output_dtype=kind
-    )
-    zeros = torch.full_like(weight.scales, SYMMETRIC_ZERO) if weight.zeros is None else weight.zeros.to(act)
-    layer.pack(unpack_nibbles(weight.codes), weight.scales.to(act), zeros, None)
-    return lambda x: layer(x)
-
-
-def _needs(module: str) -> Callable[[Problem, Device], str | None]:
-    def unsupported(problem: Problem, device: Device) -> str | None:
-        if not installed(module):
-            return f"{module} is not installed"
-        return None if device.arch.startswith("sm") else f"runs on NVIDIA GPUs, not on {device.arch}"
-
-    return unsupported
 
 
 def _kernel(row: Row) -> Provider:
@@ -158,8 +99,9 @@ PROVIDERS: dict[str, Provider] = {
     for provider in (
         Provider(name="w4a16", prepare=_w4a16, unsupported=lambda problem, device: None),
         Provider(name="cublas", prepare=_dense, unsupported=lambda problem, device: None, dense=True),
-        Provider(name="tinygemm", prepare=_tinygemm, unsupported=_tinygemm_unsupported),
-        Provider(name="gemlite", prepare=_gemlite, unsupported=_needs("gemlite")),
+        Provider(name="tinygemm", prepare=peers.tinygemm, unsupported=peers.tinygemm_unsupported),
+        Provider(name="gemlite", prepare=peers.gemlite, unsupported=peers.needs("gemlite")),
+        Provider(name="humming", prepare=peers.humming, unsupported=peers.needs("humming")),
         # dense_resident is cublas over a copy that is there already
         *(_kernel(row) for row in TABLE if row.op == "linear" and row.stem != "dense_resident"),
     )

@@ -17,7 +17,8 @@ from ..roofline.model import ACT_BYTES, bound_seconds, bytes_moved, flops, weigh
 from ..roofline.peaks import measured_here
 from ..weight import QuantizedWeight
 from .cases import Shape
-from .providers import Multiply, Provider, problem_of
+from .peers import Multiply
+from .providers import Provider, problem_of
 from .timer import copies_for, spread_percent, time_calls
 
 CHECKED_ROWS = 512  # of a result, first and last among them
