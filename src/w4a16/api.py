@@ -69,6 +69,18 @@ def pack_experts(
     return pack(w13, device=device, act=dtype, layout=layout), pack(w2, device=device, act=dtype, layout=layout)
 
 
+def _packed(weight: PackedWeight, *, experts: bool) -> PackedWeight:
+    """That weight. Raises BadInput where it is another thing, or of experts where it should not be."""
+    if isinstance(weight, PackedWeight) and (weight.codes.ndim == 3) == experts:
+        return weight
+    wanted = "PackedWeight of experts [E, N, K]" if experts else "PackedWeight of one linear layer [N, K]"
+    got = type(weight).__name__
+    if isinstance(weight, PackedWeight):
+        got += f" of {weight.experts} experts" if weight.experts else " of one linear layer"
+    then = "Pack it by w4a16.pack_experts" if experts else "Pack it by w4a16.pack, or call w4a16.moe for experts"
+    raise BadInput(explain_mismatch("weight", got=got, wanted=wanted, then=f"{then}."))
+
+
 def _act(weight: QuantizedWeight, act: torch.dtype | None) -> torch.dtype:
     dtype = act or weight.scales.dtype
     if dtype not in ACT_NAMES:
@@ -109,7 +121,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     x must have the dtype the weight was packed for and be on its device; any strides. Raises BadInput when it is not,
     Unsupported when no kernel serves the call.
     """
-    w = weight
+    w = _packed(weight, experts=False)
     return linear_call(x, w.codes, w.scales, w.zeros, w.perm, bias, w.layout, w.n, w.k, w.group, w.dense)
 
 
@@ -131,8 +143,9 @@ def moe(
     expert_map [E of the model] gives the local index of each expert, -1 for one that lives elsewhere; it adds nothing.
     weight_input multiplies the input by the router weight, not the output (top_k 1 only).
     """
+    w13, w2 = _packed(w13, experts=True), _packed(w2, experts=True)
     n13 = w2.k * (2 if gated else 1)
-    if w13.layout != w2.layout or w13.n != n13 or w2.n != w13.k or w13.experts != w2.experts or not w13.experts:
+    if w13.layout != w2.layout or w13.n != n13 or w2.n != w13.k or w13.experts != w2.experts:
         got = f"w13 [{w13.experts}, {w13.n}, {w13.k}] {w13.layout}, w2 [{w2.experts}, {w2.n}, {w2.k}] {w2.layout}"
         wanted = f"w13 [E, {'2I' if gated else 'I'}, H] and w2 [E, H, I] of one layout"
         then = "Pack both alike, by pack_experts."

@@ -29,6 +29,9 @@ def quantize(weight: Tensor, *, group: int, symmetric: bool) -> QuantizedWeight:
 
     The scales keep the weight's dtype. Raises BadInput when the group does not divide K or the weight is not finite.
     """
+    if weight.ndim < 2 or not weight.is_floating_point():
+        got, wanted = f"{list(weight.shape)} of {weight.dtype}", "[..., N, K], floating point"
+        raise BadInput(explain_mismatch("weight", got=got, wanted=wanted, then="Pass a dense weight."))
     n, k = weight.shape[-2:]
     group = k if group == -1 else group
     if group < 1 or k % group or k % CODES_PER_WORD:

@@ -167,6 +167,8 @@ X = torch.zeros(2, K, dtype=torch.bfloat16)
         (lambda w: linear(X.to("meta"), w), "x device"),
         (lambda w: linear(X, w, torch.zeros(N + 1).bfloat16()), "bias shape"),
         (lambda w: linear(X, w, torch.zeros(N)), "bias dtype"),
+        (lambda w: linear(X, make()[0]), "got QuantizedWeight, wanted PackedWeight"),
+        (lambda w: linear(X, pack(moe_problem(torch.bfloat16, 2)[1])), "experts, wanted PackedWeight of one linear"),
     ],
 )
 def test_wrong_x_and_bias_are_named(call: Callable[[PackedWeight], Tensor], words: str) -> None:
@@ -186,6 +188,7 @@ def test_wrong_x_and_bias_are_named(call: Callable[[PackedWeight], Tensor], word
         ({"weight_input": True}, "weights on the input"),
         ({"gated": False}, "expert weights"),
         ({"activation": "tanhshrink"}, "activation"),
+        ({"w2": make()[1]}, "got PackedWeight of one linear layer, wanted PackedWeight of experts"),
     ],
 )
 def test_wrong_expert_calls_are_named(change: dict[str, object], words: str) -> None:

@@ -57,6 +57,12 @@ def test_groups_that_do_not_divide_k_are_refused(group: int) -> None:
         quantize(torch.randn(8, 64), group=group, symmetric=True)
 
 
+@pytest.mark.parametrize("weight", [torch.zeros(64), torch.zeros(8, 64, dtype=torch.int32)])
+def test_what_is_no_dense_weight_is_refused(weight: torch.Tensor) -> None:
+    with pytest.raises(BadInput, match="floating point"):
+        quantize(weight, group=32, symmetric=True)
+
+
 def test_weights_that_are_not_finite_are_refused() -> None:
     with pytest.raises(BadInput, match="NaN"):
         quantize(torch.full((8, 64), float("nan")), group=32, symmetric=True)
