@@ -26,12 +26,16 @@ from .peers import Multiply, Refuses, copied
 @dataclass(frozen=True, kw_only=True)
 class Provider:
     """prepare(weight, act, copies) packs so many and gives x -> y of each; unsupported(problem, device) is a sentence
-    or None."""
+    or None.
+
+    roundings   by how much the house bound on the error is multiplied, for peers that round more often than ours do
+    """
 
     name: str
     prepare: Callable[[QuantizedWeight, torch.dtype, int], list[Multiply]]
     unsupported: Refuses
     dense: bool = False
+    roundings: int = 1
 
 
 def repacked(packed: PackedWeight, copies: int) -> list[PackedWeight]:
@@ -101,7 +105,7 @@ PROVIDERS: dict[str, Provider] = {
         Provider(name="cublas", prepare=_dense, unsupported=lambda problem, device: None, dense=True),
         Provider(name="tinygemm", prepare=peers.tinygemm, unsupported=peers.tinygemm_unsupported),
         Provider(name="gemlite", prepare=peers.gemlite, unsupported=peers.needs("gemlite")),
-        Provider(name="humming", prepare=peers.humming, unsupported=peers.needs("humming")),
+        Provider(name="humming", prepare=peers.humming, unsupported=peers.needs("humming"), roundings=2),
         # dense_resident is cublas over a copy that is there already
         *(_kernel(row) for row in TABLE if row.op == "linear" and row.stem != "dense_resident"),
     )

@@ -133,8 +133,9 @@ def _point(
                 got = copies[-1](x)[rows]
             kernels[provider.name] = served[-1][0] if served else provider.name
             errors[provider.name] = float((got.float() - wanted).norm() / wanted.norm())
-            if not errors[provider.name] <= BOUNDS[problem.act]:
-                sentence = f"wrong: relative RMS {errors.pop(provider.name):.1e}, bound {BOUNDS[problem.act]:.0e}"
+            bound = provider.roundings * BOUNDS[problem.act]
+            if not errors[provider.name] <= bound:
+                sentence = f"wrong: relative RMS {errors.pop(provider.name):.1e}, bound {bound:.0e}"
         if sentence is not None:
             yield Refusal(shape=shape, problem=problem, provider=provider.name, sentence=sentence)
     calls = {name: _with(prepared[name], x) for name in errors}
