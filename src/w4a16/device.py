@@ -27,6 +27,7 @@ class Device:
     memory_bytes_per_s  peak of the main memory, 0 where it depends on the machine
     model         the product the figures are of
     flops_by_dtype  (activation dtype, FLOP/s) of the matrix units where they were measured
+    product       one that has figures and tuning rows beside those of its architecture, such as `h200`; else ""
     """
 
     arch: str
@@ -37,6 +38,12 @@ class Device:
     memory_bytes_per_s: float
     model: str
     flops_by_dtype: tuple[tuple[str, float], ...] = ()
+    product: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the device is called by: its architecture, or the product that differs from the first of that."""
+        return self.product or self.arch
 
     def flops_of(self, act: str) -> float:
         """Peak FLOP/s of products in that dtype; that of bf16 where it was not measured."""
@@ -65,9 +72,9 @@ def _known(arch: str, units: int, shared_kib: int, registers: int, tflops: float
     )
 
 
-# Vendors' published peaks of one product of each architecture.
+# Vendors' published peaks of one product of each architecture, and of products with tuning rows of their own.
 DEVICES: dict[str, Device] = {
-    device.arch: device
+    device.name: device
     for device in (
         _known("cpu", 1, 512, 16, 0, 0, "any x86-64 or Arm CPU"),
         _known("gfx1100", 96, 64, 256, 122.8, 960, "Radeon RX 7900 XTX"),
@@ -80,6 +87,7 @@ DEVICES: dict[str, Device] = {
         _known("sm86", 84, 99, 255, 142, 936, "GeForce RTX 3090"),
         _known("sm89", 128, 99, 255, 330, 1008, "GeForce RTX 4090"),
         _known("sm90", 132, 227, 255, 989, 3350, "H100 SXM"),
+        replace(_known("sm90", 132, 227, 255, 989, 4800, "H200 SXM"), product="h200"),
         _known("sm100", 148, 227, 255, 2250, 8000, "B200"),
     )
 }
@@ -92,7 +100,8 @@ def installed(module: str) -> bool:
 
 
 def known_device(arch: str) -> Device:
-    """The device of that architecture; an unlisted one takes the figures of the first of its family, under its name.
+    """The device of that architecture or product; an unlisted architecture takes the figures of the first of its
+    family, under its name.
 
     Raises BadInput that lists the known names when no family fits.
     """
@@ -114,7 +123,13 @@ def _probe(kind: str, index: int | None) -> Device:
     properties = torch.cuda.get_device_properties(index if index is not None else torch.cuda.current_device())
     if torch.version.hip:
         return known_device(properties.gcnArchName.split(":")[0])
-    return known_device(f"sm{properties.major}{properties.minor}")
+    return of_product(known_device(f"sm{properties.major}{properties.minor}"), properties.name)
+
+
+def of_product(device: Device, gpu: str) -> Device:
+    """The device as the product that its driver names, where that one is listed beside its architecture."""
+    product = DEVICES.get(product_name(gpu), device)
+    return product if product.arch == device.arch else device
 
 
 def current_device(device: torch.device | str = "cpu") -> Device:

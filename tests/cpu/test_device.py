@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from w4a16 import DEVICES, BadInput, Unsupported, current_device
-from w4a16.device import known_device
+from w4a16.device import known_device, of_product
 
 
 def test_the_known_devices() -> None:
-    wanted = "cpu gfx1100 gfx1101 gfx1150 gfx1151 gfx1201 gfx942 sm80 sm86 sm89 sm90 sm100"
+    wanted = "cpu gfx1100 gfx1101 gfx1150 gfx1151 gfx1201 gfx942 sm80 sm86 sm89 sm90 h200 sm100"
     assert list(DEVICES) == wanted.split()
 
 
@@ -33,6 +33,16 @@ def test_an_unlisted_arch_takes_its_family(arch: str, like: str) -> None:
     assert device.arch == arch
     assert like in device.model
     assert device.compute_units == DEVICES[like].compute_units
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name"),
+    [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "sm90"), ("NVIDIA GH200 480GB", "sm90"), ("", "sm90")],
+)
+def test_a_product_with_figures_of_its_own(gpu: str, name: str) -> None:
+    found = of_product(known_device("sm90"), gpu)
+    assert (found.name, found.arch, found.family) == (name, "sm90", "sm9")
+    assert of_product(known_device("sm100"), gpu).name == "sm100"
 
 
 def test_an_unknown_arch_lists_the_known() -> None:

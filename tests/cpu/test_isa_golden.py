@@ -17,7 +17,7 @@ from w4a16.tuning.tiles import why_illegal
 ROOT = Path(__file__).parents[2]
 VERSIONS = ("3.6.0", "3.9.0")  # the oldest and the newest Triton that w4a16 supports
 # Those with rows of their own; a table of a family is compiled for one of it at least.
-ARCHS = (*golden.DEVICES, "gfx1150", "gfx1103", "gfx1201", "gfx942", "sm80")
+ARCHS = (*golden.DEVICES, "h200", "gfx1150", "gfx1103", "gfx1201", "gfx942", "sm80")
 LINE = dict.fromkeys(golden.COLUMNS, "0") | {"kernel": "triton_prefill", "tile": "block_m=64", "opcodes": "v_a:8 v_b:1"}
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import racecheck_controls
 import torch
-from racecheck import Hazard, handover, hazards, unexplained
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
+from racecheck import Hazard, handover, hazards, unexplained, words
 
 from w4a16.codegen.compile import compile_launch
 from w4a16.device import known_device
@@ -26,22 +27,20 @@ OUTPUT = """========= COMPUTE-SANITIZER
 """
 
 
-@gluon.jit
-def _lanes(out_ptr, first):
-    lane = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
-    gl.store(out_ptr + first + lane, first + lane)
-
-
-@gluon.jit
-def _partitions(out_ptr):
-    gl.warp_specialize([(_lanes, (out_ptr, 0)), (_lanes, (out_ptr, 128)), (_lanes, (out_ptr, 256))], [4, 4], [24, 24])
+def compiled(fn: Any, lanes: int, **args: int) -> str:
+    out = torch.empty(lanes, dtype=torch.int32, device="meta")
+    launch = Launch(fn=fn, grid=(1,), args={"out_ptr": out, **args}, constants={}, options={"num_warps": 4})
+    return compile_launch(launch, known_device("sm90")).machine_code
 
 
 @pytest.fixture(scope="module")
 def sass() -> str:
-    out = torch.empty(384, dtype=torch.int32, device="meta")
-    launch = Launch(fn=_partitions, grid=(1,), args={"out_ptr": out}, constants={}, options={"num_warps": 4})
-    return compile_launch(launch, known_device("sm90")).machine_code
+    return compiled(racecheck_controls.partitions, 384)
+
+
+@pytest.fixture(scope="module")
+def told() -> str:
+    return compiled(racecheck_controls.words, 256, turns=5)
 
 
 def test_reports_are_read_whole() -> None:
@@ -57,11 +56,11 @@ def test_reports_are_read_whole() -> None:
 def test_only_the_handover_is_explained(sass: str) -> None:
     own = handover(sass)
     assert sorted(kind for kind, _ in own)[:2] == ["Read", "Write"]
-    report = Hazard(kernel="_partitions", accesses=own, text="")
-    assert not unexplained([report], {"_partitions": [sass]})
+    report = Hazard(kernel="partitions", accesses=own, text="")
+    assert not unexplained([report], {"partitions": [sass]})
     assert unexplained([report], {"another": [sass]})
-    assert unexplained([replace(report, accesses=own | {("Write", 0x20)})], {"_partitions": [sass]})
-    assert unexplained([replace(report, accesses=frozenset({("Read", 0x20)}))], {"_partitions": [sass]})
+    assert unexplained([replace(report, accesses=own | {("Write", 0x20)})], {"partitions": [sass]})
+    assert unexplained([replace(report, accesses=frozenset({("Read", 0x20)}))], {"partitions": [sass]})
 
 
 def test_a_handover_without_its_barriers_is_not_accepted(sass: str) -> None:
@@ -73,3 +72,26 @@ def test_a_handover_without_its_barriers_is_not_accepted(sass: str) -> None:
     lines[after] = lines[after].replace(barrier, "NOP")
     with pytest.raises(ValueError, match="no barrier"):
         handover("\n".join(lines))
+
+
+def test_words_between_mbarriers_are_explained(told: str) -> None:
+    (known,) = words(told)
+    assert sorted(kind for kind, _ in known) == ["Read", "Read", "Write", "Write"]  # two consumers; the last word
+    report = Hazard(kernel="words", accesses=known, text="")
+    assert not unexplained([report], {"words": [told]})
+    assert unexplained([replace(report, accesses=known | handover(told))], {"words": [told]})
+
+
+@pytest.mark.parametrize(
+    ("ordered", "broken"),
+    [
+        (r"SYNCS\.PHASECHK", "NOP"),  # no wait
+        (r"SYNCS\.ARRIVE", "NOP"),  # no arrival
+        (r"BAR\.SYNC\.DEFER_BLOCKING 0x\w, 0x80", "NOP"),  # no barrier of the warpgroup
+        (r"@!(P\d) BRA `\((\.L_x_\d+)\) ;(?=[^;]*\n\.L)", r"@\1 BRA `(\2) ;"),  # goes on where it has not waited
+        (r"(LDS R\d+|STS) ", r"BAR.ARV 0x9, 0x80 ; /*9990*/ \1 "),  # another barrier on the way
+    ],
+)
+def test_words_without_that_order_are_not(told: str, ordered: str, broken: str) -> None:
+    assert re.search(ordered, told)
+    assert not words(re.sub(ordered, broken, told))

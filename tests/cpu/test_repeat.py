@@ -58,6 +58,34 @@ def test_the_arguments_are_those_of_a_plan(m: int, asym: bool, monkeypatch: pyte
             assert workspace or facts(got) == facts(wanted), name
 
 
+@pytest.mark.parametrize("split", [1, 2])
+def test_two_launches_name_parts_of_the_tensors(split: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(Launch, "compiled", lambda launch: lambda grid, *args: ran.append((launch.fn, grid, *args)))
+    tile = choose(Problem(m=160, n=512, k=1024, group=128, act="bf16"), SM90, "SM90").tile
+    tile = replace(tile, split_k=1, paired=False, first_n=192, rest=replace(tile, split_k=split, paired=False))
+    rows = torch.randn(162, 1024 + 512).bfloat16()  # x and the output may lie side by side
+
+    def asked() -> tuple[dict[str, Any], tuple[torch.Tensor | None, ...]]:
+        weight = pack(random_weight(512, 1024, group=128, asym=True), layout="SM90")
+        bias = torch.randn(512).bfloat16()
+        out, x = rows[1:-1, 1024:], rows[1:-1, :1024]
+        given = {"out": out, "x": x, "weight": weight, "bias": bias, "tile": tile}
+        return given, (weight.codes, weight.scales, weight.zeros, bias)
+
+    given, fixed = asked()
+    bind = repeat(sm90_prefill.plan(**given), given=(given["out"], given["x"]), fixed=fixed)
+    assert bind is not None
+    given, fixed = asked()  # another layer, alike
+    bind(fixed)(given["out"], given["x"])
+    wanted_launches = sm90_prefill.plan(**given)
+    assert len(wanted_launches) == len(ran) == 1 + split
+    for launch, (fn, grid, *args) in zip(wanted_launches, ran, strict=True):
+        assert (fn, grid) == (launch.fn, launch.grid)
+        for (name, wanted), got in zip((launch.args | launch.constants).items(), args, strict=True):
+            assert name == "parts_ptr" or facts(got) == facts(wanted), name
+
+
 def test_no_weight_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Launch, "compiled", lambda launch: lambda *_: None)
     weight = pack(random_weight(512, 1024, group=128, asym=True), layout="SM90")

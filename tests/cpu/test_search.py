@@ -49,6 +49,8 @@ def test_the_command_prints_rows(capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setattr(search, "precompile", lambda *_: None)
     grid = ["--kernel=cpu_decode", "--grid", "block_n=8,64", "--shapes=64x128", "--batches=1", "--device=cpu"]
     assert search.main([*grid, "--rounds=3"]) == 0
-    assert "{ block_n = " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "{ block_n = " in printed
+    assert printed.count("today's") == 1
     assert search.main(["--kernel=cpu_decode", "--grid", "rows=8"]) == 1
     assert "BadInput" in capsys.readouterr().err

@@ -24,6 +24,7 @@ from w4a16.tuning.sm90_tiles import (
     sm90_shared_bytes,
     sm90_us,
 )
+from w4a16.tuning.sm90_waves import GAIN, LAUNCH_US
 from w4a16.tuning.table import rows_of, tile_for
 from w4a16.tuning.tiles import why_illegal
 from w4a16.weight import unpack_nibbles
@@ -172,6 +173,7 @@ def test_programs_spread_evenly_over_the_sms(n: int, split: int, residents: int,
     """An SM has no room for more; clusters have room for one more, as all of their programs start at once."""
     tile = settled(Sm90DecodeTile(split_k=split), problem(m=8, n=n), H100)
     assert (tile.split_k, tile.residents) == (split, residents)
+    assert settled(tile, problem(m=8, n=n), H100) == tile
     assert decode_spare_kib(tile, 17408) == spare
     assert spare == 0 or (17 + spare + 1) * residents <= 228 < (17 + spare + 1) * (residents + 1)
 
@@ -180,6 +182,59 @@ def test_predicted_time_grows_by_whole_waves() -> None:
     one = sm90_us(replace(TILE, split_k=1), problem(m=128, n=128 * 132), H100)
     assert sm90_us(replace(TILE, split_k=1), problem(m=100, n=128), H100) == one
     assert sm90_us(replace(TILE, split_k=1), problem(m=128, n=128 * 133), H100) == 2 * one
+
+
+def test_rows_that_leave_the_last_wave_half_empty_get_a_launch_of_their_own() -> None:
+    """40 blocks of 128 rows by 4 of 256: 132 of them in the first launch, those 28 by others in the second."""
+    p = problem(m=1024, n=5120, k=5120)
+    tile = tile_for("sm90_prefill", p, H100)
+    assert (tile.block_m, tile.warpgroups, tile.split_k, tile.first_n) == (256, 2, 1, 132 // 4 * 128)
+    assert why_illegal("sm90_prefill", tile, p, H100) is None
+    alone = tile_for("sm90_prefill", replace(p, n=5120 - tile.first_n), H100)
+    assert tile.rest == alone
+    both = sm90_us(tile, replace(p, n=tile.first_n), H100) + sm90_us(alone, replace(p, n=5120 - tile.first_n), H100)
+    both += LAUNCH_US
+    rows = [row.tile for row in rows_of("sm90") if row.stem == "sm90_prefill" and row.covers(p, H100)]
+    assert both < GAIN * min(sm90_us(choice, p, H100) for row in rows for choice in prefill_choices(row, p, H100))
+    for whole in (problem(m=1024, n=4096), problem(m=128, n=4096), problem(m=4096, n=24576)):
+        assert tile_for("sm90_prefill", whole, H100).rest is None
+    p = problem(m=700, n=8192, k=8192)  # two blocks of x fill a wave, 188 rows are left
+    tile = tile_for("sm90_prefill", p, H100)
+    assert (tile.block_m, tile.first_n, tile.first_m) == (256, 0, 512)
+    assert tile.rest == tile_for("sm90_prefill", replace(p, m=188), H100)
+
+
+@pytest.mark.parametrize("split", [1, 3])
+def test_two_launches_share_the_rows_of_w(split: int) -> None:
+    weight = pack(random_weight(200, 1024, group=128, asym=True), layout=SM90)
+    assert weight.zeros is not None
+    x, out, bias = torch.empty(40, 1024).bfloat16(), torch.empty(40, 200).bfloat16(), torch.empty(200).bfloat16()
+    tile = replace(TILE, split_k=1, first_n=128, rest=replace(TILE, warpgroups=1, split_k=split))
+    first, rest, *added = plan(out=out, x=x, weight=weight, bias=bias, tile=tile)
+    assert (first.args["N"], rest.args["N"], len(added)) == (128, 72, split > 1)
+    for name, parent in (("codes", weight.codes), ("scales", weight.scales), ("zeros", weight.zeros)):
+        behind = 2 * parent.stride(0) if name == "codes" else 128
+        assert first.args[f"{name}_desc"].base.data_ptr() == parent.data_ptr()
+        assert rest.args[f"{name}_desc"].base.data_ptr() == parent.data_ptr() + behind * parent.itemsize
+        assert name == "codes" or rest.args[f"{name}_desc"].strides == [256, 1]
+    last = added[0] if added else rest
+    written = last.args["out_ptr"] if added else last.args["out_desc"].base
+    assert written.data_ptr() == out.data_ptr() + 256
+    assert last.args["bias_ptr"].data_ptr() == bias.data_ptr() + 256
+
+
+def test_two_launches_share_the_rows_of_x() -> None:
+    weight = pack(random_weight(72, 256, group=128), layout=SM90)
+    x, out = torch.empty(40, 256).bfloat16(), torch.empty(40, 72).bfloat16()
+    tile = replace(TILE, split_k=1, first_m=32, rest=replace(TILE, split_k=1))
+    first, rest = plan(out=out, x=x, weight=weight, bias=None, tile=tile)
+    assert (first.args["M"], rest.args["M"]) == (32, 8)
+    for name, tensor in (("x_desc", x), ("out_desc", out)):
+        assert first.args[name].base.data_ptr() == tensor.data_ptr()
+        assert rest.args[name].base.data_ptr() == tensor[32:].data_ptr()
+    assert (
+        first.args["codes_desc"].base.data_ptr() == rest.args["codes_desc"].base.data_ptr() == weight.codes.data_ptr()
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,6 +255,14 @@ def test_predicted_time_grows_by_whole_waves() -> None:
         (replace(TILE, split_k=1, warpgroups=1, in_turn=True), "in_turn needs"),
         (replace(TILE, split_k=1, stages=7), "block_k must be"),
         (replace(TILE, split_k=4, paired=True), "paired needs two parts of K, not 4"),
+        (replace(TILE, split_k=1, rest=replace(TILE, split_k=1)), "first_n or first_m is the first launch's: 0 and 0"),
+        (
+            replace(TILE, split_k=1, first_m=16, rest=replace(TILE, split_k=1)),
+            "first_m must be less than m (16), not 16",
+        ),
+        (replace(TILE, split_k=1, first_n=96, rest=replace(TILE, split_k=1)), "first_n must be a multiple of 64"),
+        (replace(TILE, split_k=1, first_n=4096, rest=replace(TILE, split_k=1)), "less than n (4096), not 4096"),
+        (replace(TILE, split_k=1, first_n=64, rest=replace(TILE, split_k=1, stages=7)), "block_k must be"),
         (
             replace(TILE, split_k=2, block_m=8, paired=True),
             "paired needs a block_m of two powers of two at most, 16 or more, not 8 of 2",

@@ -16,7 +16,6 @@ from w4a16.codegen.stems import launches
 from w4a16.device import known_device
 from w4a16.dispatch import choose, layout_for
 from w4a16.dispatch_table import TABLE
-from w4a16.kernels._sm90_moe_producer import WARPGROUPS
 from w4a16.kernels.sm90_moe import plan, registers
 from w4a16.layouts import SKINNY, SM90, pack
 from w4a16.moe.route import most_blocks
@@ -52,14 +51,16 @@ def test_nothing_spills_and_no_wgmma_is_serialised(asked: Problem) -> None:
 @pytest.mark.parametrize(("gathers", "has_zeros"), [(True, True), (False, True), (False, False)])
 def test_registers_are_all_that_an_sm_has(gathers: bool, has_zeros: bool) -> None:
     """Programs that share an SM start with fewer, and those are what their warpgroups then divide."""
-    for block, residents in [(block, 1) for block in WIDE] + [(32, 2)]:
-        tile = Sm90MoeTile(block_m=block, residents=residents)
+    tiles = [Sm90MoeTile(block_m=block) for block in (32, 64, 128)]
+    tiles += [Sm90MoeTile(block_m=32, residents=2), *(Sm90MoeTile(block_m=block, warpgroups=4) for block in (32, 96))]
+    for tile in tiles:
         consumer, producer, start = registers(tile, gathers, has_zeros)
-        assert 128 * (consumer * WARPGROUPS.value + producer) * residents <= 65536
+        threads = 128 * (tile.warpgroups + 1)
         assert consumer <= 232
-        assert bool(start) == (residents > 1)
-        if start:
-            assert consumer * WARPGROUPS.value + producer == start * (WARPGROUPS.value + 1)
+        assert bool(start) == (tile.residents > 1)
+        start = start or 65536 // threads // 8 * 8  # as Triton chooses where it is told none
+        assert threads * start * tile.residents <= 65536
+        assert consumer * tile.warpgroups + producer == start * (tile.warpgroups + 1)
 
 
 def planned(act_order: bool = False, gated: bool = True, tile: Sm90MoeTile = WIDEST, tokens: int = 40) -> list[Any]:
@@ -138,11 +139,14 @@ def test_blocks_grow_with_the_load_of_an_expert() -> None:
 @pytest.mark.parametrize(
     ("tile", "sentence"),
     [
-        (replace(WIDEST, block_m=48), "block_m must be one of 1, 8, 16, 32, 64, 128, not 48"),
+        (replace(WIDEST, block_m=48), "block_m must be one of 1, 8, 16, 32, 64, 96, 128, not 48"),
         (replace(WIDEST, stages=1), "stages must be at least 2, not 1"),
         (replace(WIDEST, stages=12), "bytes of shared memory"),
         (Sm90MoeTile(block_m=32, stages=12, residents=2), "bytes of shared memory"),
         (replace(WIDEST, residents=2), "residents must be 1, or 2 for blocks of 32, not 2 for blocks of 128"),
+        (replace(WIDEST, warpgroups=4), "warpgroups must be 2, or 4 for blocks of up to 96, not 4 for blocks of 128"),
+        (Sm90MoeTile(block_m=96), "warpgroups must be 2, or 4 for blocks of up to 96, not 2 for blocks of 96"),
+        (Sm90MoeTile(block_m=96, stages=6, warpgroups=4), "bytes of shared memory"),
         (replace(WIDEST, block_m=8), "blocks of 8 slots need gemm1 and gemm2"),
         (Sm90MoeTile(block_m=8, gemm1=DECODE, gemm2=replace(DECODE, warps=3)), "warps must be 4, 8 or 16, not 3"),
     ],

@@ -17,7 +17,7 @@ from w4a16.tuning.tiles import DEQUANTS, TILES, CpuTile, DenseTile, PrefillTile,
 
 TABLES = sorted(path.stem for path in Path(w4a16.tuning.__file__).parent.glob("*.toml"))
 GPUS = [device for device in DEVICES.values() if device.arch != "cpu"]
-ROWS_OF_X = (1, 5, 16, 17, 32, 33, 64, 65, 96, 128, 129, 192, 256, 300, 400, 512, 600, 1024, 1025, 2047, 2048, 4096)
+ROWS_OF_X = (1, 5, 8, 16, 17, 32, 33, 64, 65, 96, 128, 129, 192, 256, 300, 400, 512, 600, 1024, 1025, 2047, 2048, 4096)
 SHAPES = ((8, 64), (512, 2048), (1024, 512), (2560, 9728), (4096, 4096), (19456, 2560), (24576, 4096), (40, 18944))
 GFX1151 = known_device("gfx1151")
 PLAIN = PrefillTile(block_m=64, block_n=64, block_k=64, warps=4)
@@ -61,6 +61,7 @@ def test_every_row_in_use_wins_somewhere(table: str) -> None:
         (3584, 3584),
         (4096, 12288),
         (6144, 4096),
+        (37888, 3584),
     )
     groups: tuple[int | None, ...] = (16, 32, 64, 128, None)
     found = (

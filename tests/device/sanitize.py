@@ -3,8 +3,9 @@
     python tests/device/sanitize.py [--processes 14] [--tools memcheck,racecheck,synccheck] [--stems sm90_moe]
 
 Ends with status 1 unless every launch agrees with the reference and no tool finds an error. What racecheck reports of
-the bytes by which Triton hands over partitions is counted apart, where the machine code shows it to be ordered
-(tests/cpu/racecheck.py); the kernel `partitions`, which has no shared memory of its own, shows such reports too.
+the bytes by which Triton hands over partitions, and of words that two mbarriers order, is counted apart, where the
+machine code shows it to be ordered (tests/cpu/racecheck.py); the kernels `partitions` and `words`, which have nothing
+else in shared memory, show such reports too.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def judged(tool: str, outputs: list[str], folder: Path) -> tuple[list[str], str]
     line = f"{tool}: {launches} launches, {len(found)} findings"
     if handed:
         each = ", ".join(f"{count} in {kernel}" for kernel, count in sorted(handed.items()))
-        line += f"; apart from these, reports on Triton's hand-over, ordered by barriers: {each}"
+        line += f"; apart from these, reports on partitions and words, ordered in machine code: {each}"
     return found, line
 
 
@@ -70,7 +71,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--processes", type=int, default=14)
     parser.add_argument("--tools", default=",".join(TOOLS))
-    parser.add_argument("--stems", default="", help="kernels, comma-separated; control: the kernel `partitions`")
+    parser.add_argument("--stems", default="", help="kernels, comma-separated; control: `partitions` and `words`")
     parser.add_argument("--keep", type=Path, help="a folder for what the tools printed")
     given = parser.parse_args()
     failed = False

@@ -6,8 +6,6 @@ runs every 14th case, of some kernels, and compares it with the fp32 reference; 
 kernels that have partitions, by which sanitize.py judges racecheck's reports.
 """
 
-# mypy: disable-error-code="assignment, var-annotated"
-
 from __future__ import annotations
 
 import itertools
@@ -16,15 +14,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cpu"))
 from helpers import assert_close, random_weight
+from racecheck_controls import partitions, words
 
-from w4a16.compat import workgroup_barrier
 from w4a16.device import current_device
 from w4a16.dispatch import launcher
 from w4a16.kernels._launch import Launch
@@ -73,30 +70,24 @@ def experts(stem: str, layout: str, tile: object, tokens: int, top_k: int, group
     assert_close(out.cpu(), reference_moe(x, w13, w2, share, ids, **how))
 
 
-@gluon.jit
-def _lanes(out_ptr, first):
-    lane = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
-    gl.store(out_ptr + first + lane, first + lane)
+def _lanes_of(kernel: Any, lanes: int, **args: int) -> torch.Tensor:
+    out = torch.full((lanes,), -1, dtype=torch.int32, device="cuda")
+    Launch(fn=kernel, grid=(64,), args={"out_ptr": out, **args}, constants={}, options={"num_warps": 4}).run()
+    return out.cpu()
 
 
-@gluon.jit
-def partitions(out_ptr):
-    """A barrier of the default warps and gl.warp_specialize, no shared memory: what racecheck reports here is Triton's.
-
-    Without the barrier it reports nothing (measured.md#9).
-    """
-    workgroup_barrier()
-    gl.warp_specialize([(_lanes, (out_ptr, 0)), (_lanes, (out_ptr, 128)), (_lanes, (out_ptr, 256))], [4, 4], [24, 24])
+def control_partitions() -> None:
+    assert torch.equal(_lanes_of(partitions, 384), torch.arange(384, dtype=torch.int32))
 
 
-def control() -> None:
-    out = torch.full((384,), -1, dtype=torch.int32, device="cuda")
-    Launch(fn=partitions, grid=(64,), args={"out_ptr": out}, constants={}, options={"num_warps": 4}).run()
-    assert torch.equal(out.cpu(), torch.arange(384, dtype=torch.int32))
+def control_words() -> None:
+    lanes = torch.arange(256, dtype=torch.int32) % 128
+    assert torch.equal(_lanes_of(words, 256, turns=5), lanes + sum(range(6)))
 
 
 def cases() -> Iterator[Case]:
-    yield partial(control)
+    yield partial(control_partitions)
+    yield partial(control_words)
     for row in rows_of("sm90"):
         tile, asym = row.tile, row.conditions.get("has_zeros", False)
         group = row.conditions.get("group_max", 128)
@@ -127,7 +118,7 @@ def cases() -> Iterator[Case]:
 
 def save_code(folder: Path) -> None:
     """The machine code that this process ran of every kernel with partitions, as <kernel>.<number>.cubin."""
-    for fn in (partitions, _sm90_prefill, _sm90_moe):
+    for fn in (partitions, words, _sm90_prefill, _sm90_moe):
         kernels = fn.device_caches[torch.cuda.current_device()][0].values()
         for number, kernel in enumerate(kernels):
             (folder / f"{fn.__name__}.{number}.cubin").write_bytes(kernel.asm["cubin"])

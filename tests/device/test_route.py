@@ -27,7 +27,7 @@ def test_as_torch_does(tokens: int, experts: int, top_k: int) -> None:
 
 @pytest.mark.parametrize("tokens", [3, 700, 20000])
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (60, 6), (128, 8), (512, 10)])
-@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("block", [32, 64, 96, 128])
 def test_blocks_with_most_rows_come_first(tokens: int, experts: int, top_k: int, block: int) -> None:
     rank = torch.arange(1, experts + 1).float().log()
     ids = (-torch.empty(tokens, experts).exponential_().log() - 2 * rank).topk(top_k).indices.cuda()

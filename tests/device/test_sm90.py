@@ -17,7 +17,7 @@ from w4a16.layouts import SM90, PackedWeight
 from w4a16.layouts import pack as pack_as
 from w4a16.reference import reference_linear
 from w4a16.tuning.sm90_tiles import Sm90DecodeTile, Sm90PrefillTile
-from w4a16.tuning.table import rows_of
+from w4a16.tuning.table import rows_of, tile_for
 from w4a16.tuning.tiles import why_illegal
 
 pytestmark = pytest.mark.skipif(
@@ -39,6 +39,7 @@ DECODE = [
         *((4, 1, 4, 1, 3, 2), (4, 1, 16, 1, 3, 2), (8, 4, 8, 1, 3, 2), (8, 2, 4, 2, 3, 2), (8, 8, 2, 2, 3, 3)),
     ]
 ]
+DECODE += [replace(tile, early=True, l2_ahead=True) for tile in DECODE if tile.depth == 4]
 
 
 def call(
@@ -102,6 +103,40 @@ def test_prefill_pairs(i: int, pair: Sm90PrefillTile) -> None:
     ):
         agree(pair, m, act, asym, shape)
     agree(pair, 20 * pair.block_m, act, asym, (1032, 512, 32))
+
+
+@pytest.mark.parametrize(("act", "asym", "shape"), KINDS[::8])
+def test_prefill_in_two_launches(act: torch.dtype, asym: bool, shape: tuple[int, int, int]) -> None:
+    """The rows of W or of x that a launch of their own takes, and those by another tile, split or not."""
+    first = next(tile for tile in PREFILL if (tile.block_m, tile.warpgroups) == (128, 2) and not tile.registers)
+    rest = next(tile for tile in PREFILL if (tile.block_m, tile.warpgroups) == (64, 1))
+    n, k, group = 128 + shape[0], shape[1], shape[2]
+    for m, split, where in ((150, 1, {"first_n": 128}), (70, 2, {"first_n": 128}), (150, 2, {"first_m": 128})):
+        tile = replace(first, split_k=1, rest=replace(rest, split_k=split), **where)
+        agree(tile, m, act, asym, (n, k, group))
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "m", "axis"),
+    [(5120, 5120, 1024, "first_n"), (19456, 1280, 200, "first_n"), (8192, 8192, 700, "first_m")],
+)
+def test_two_launches_where_production_takes_them(n: int, k: int, m: int, axis: str) -> None:
+    """Eager, again by addresses alone, captured, and on four streams: the same bits."""
+    weight = random_weight(n, k, group=128, asym=True)
+    packed, bias = pack(weight, device="cuda"), torch.randn(n).bfloat16()
+    problem = Problem(m=m, n=n, k=k, group=128, act="bf16", has_zeros=True)
+    assert getattr(tile_for("sm90_prefill", problem, current_device("cuda")), axis) > 0
+    x = torch.randn(m, k).bfloat16()
+    static, static_bias, graph = x.cuda(), bias.cuda(), torch.cuda.CUDAGraph()
+    first, again = linear(static, packed, static_bias), linear(x.cuda(), packed, bias.cuda())
+    with torch.cuda.graph(graph):
+        out = linear(static, packed, static_bias)
+    out.fill_(float("nan"))
+    graph.replay()
+    assert_close(first.cpu(), reference_linear(x, weight, bias))
+    assert torch.equal(first, again)
+    assert torch.equal(out, first)
+    assert all(torch.equal(got, first) for got in on_4_streams(lambda: linear(static, packed, static_bias)))
 
 
 def test_one_weight_serves_every_row_count_eager_and_captured() -> None:

@@ -12,6 +12,7 @@ from helpers import assert_close, random_weight
 from streams import on_4_streams
 
 from w4a16 import QuantizedWeight, moe, pack_experts, record
+from w4a16.bench.expert_cases import EXPERTS, random_experts, some_experts
 from w4a16.device import current_device
 from w4a16.kernels.sm90_moe import sm90_moe
 from w4a16.layouts import SM90
@@ -107,6 +108,43 @@ def test_tiles(tile: Sm90MoeTile, routing: str) -> None:
     check(tile, routed(routing, 300, 8, 2))
     check(tile, routed(routing, 70, 60, 2), experts=60, hidden=320, inter=192, group=64)
     check(tile, routed(routing, 900, 24, 2), experts=24, hidden=512, inter=320, group=64)
+
+
+def expected(
+    x: torch.Tensor, w13: QuantizedWeight, w2: QuantizedWeight, share: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    """What reference_moe gives, an expert at a time, which many tokens of many experts need."""
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in torch.arange(w13.experts, device=x.device).split(1):
+        gate_up, down = (some_experts(weight, expert).dequantize(torch.float32)[0] for weight in (w13, w2))
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        gate, up = (x[token].float() @ gate_up.T).chunk(2, dim=1)
+        y = (ACTIVATIONS["silu"](gate) * up) @ down.T
+        out.index_add_(0, token, y * share[token, slot].unsqueeze(1))
+    return out
+
+
+@pytest.mark.parametrize("routing", ["uniform", "zipf2"])
+@pytest.mark.parametrize("tile", [tile for tile in TILES if tile.block_m in WIDE], ids=str)
+def test_many_experts_50_times(tile: Sm90MoeTile, routing: str) -> None:
+    """A served model's layer, of which each program takes several units: right, and the same bits at every launch."""
+    shape, tokens = EXPERTS["qwen3.5-35b-a3b"], 1024
+    plain = random_experts(shape, act="bf16", has_zeros=True, device=torch.device("cuda"))
+    w13, w2 = (pack_as(weight, layout=SM90) for weight in plain)
+    x = torch.randn(tokens, shape.hidden, device="cuda").bfloat16()
+    ids = routed(routing, tokens, shape.experts, shape.top_k).cuda()
+    share = torch.rand(ids.shape, device="cuda")
+
+    def run() -> torch.Tensor:
+        out = torch.empty_like(x)
+        given: dict[str, Any] = {"w13": w13, "w2": w2, "topk_weights": share, "topk_ids": ids}
+        sm90_moe(out=out, x=x, **given, activation="silu", gated=True, weight_input=False, tile=tile)
+        return out
+
+    once = run()
+    assert all(torch.equal(once, other) for other in on_4_streams(run, 50))
+    torch.use_deterministic_algorithms(False)  # which cuBLAS refuses, and the reference needs
+    assert_close(once, expected(x, *plain, share, ids))
 
 
 @pytest.mark.parametrize(("activation", "gated"), list(itertools.product(sorted(ACTIVATIONS), (True, False))))

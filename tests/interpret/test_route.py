@@ -67,7 +67,7 @@ def test_counted_first(archetype: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("archetype", ARCHETYPES)
-@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("block", [32, 64, 96, 128])
 def test_blocks_with_most_rows_come_first(archetype: str, block: int) -> None:
     ids = choices(archetype, 300, 12, 4)
     ids = torch.where(torch.rand(ids.shape) < 0.1, -1, ids)

@@ -15,7 +15,7 @@ from checkpoints import DENSE, MODELS, MOE, RECIPES, Oracle, dequantized, make
 from transformers import AutoTokenizer
 
 ENGINE = Path(__file__).with_name("engine.py")
-TIMEOUT_S = 900
+TIMEOUT_S = 300  # for each engine
 NEW_TOKENS = 16
 TEXTS = ("import os\n\ndef ", "class Heap:\n    def push(self, item):\n        ", "for ")
 EAGER = {"dtype": "float32", "enforce_eager": True}
@@ -89,7 +89,8 @@ def engines(work: Path, prompts: list[list[int]]) -> Engines:
         with log.open("w") as out:
             subprocess.run(
                 [sys.executable, ENGINE, work / f"{stem}.json", results],
-                env={**os.environ, **settings, **env}, stdout=out, stderr=out, timeout=TIMEOUT_S, check=False,
+                env={**os.environ, **settings, **env}, stdout=out, stderr=out, check=False,
+                timeout=TIMEOUT_S * len(jobs),
             )  # fmt: skip
         done: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
         said = log.read_text(errors="replace")

@@ -92,8 +92,9 @@ class Process:
 
 
 def merged(runs: Sequence[Run]) -> list[Row]:
-    """The rows of processes with the same options, here or on other machines of one kind."""
-    return [merge([run[key] for run in runs if key in run]) for key in runs[0]]
+    """The rows of processes with the same options, here or on other machines of one kind; a case may be left out."""
+    keys = dict.fromkeys(key for run in runs for key in run)
+    return [merge([run[key] for run in runs if key in run]) for key in keys]
 
 
 def merge(rows: Sequence[Row]) -> Row:

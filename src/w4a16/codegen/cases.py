@@ -100,7 +100,21 @@ def _reached(device: Device) -> Iterator[Case]:
     for stem in compiled_stems():
         for problem in problems(kernels[stem].op):
             if kernels[stem].unsupported(problem, device) is None:
-                yield Case(row=row_for(stem, problem, device), problem=problem)
+                yield from _apart(row_for(stem, problem, device), problem, device)
+
+
+def _apart(row: TuningRow, problem: Problem, device: Device) -> Iterator[Case]:
+    """The case, or one for each of a problem's two launches, whose code is that of problems with one."""
+    tile = row.tile
+    if getattr(tile, "rest", None) is None:
+        yield Case(row=row, problem=problem)
+        return
+    m, n = tile.first_m, tile.first_n
+    first = replace(problem, m=m or problem.m, n=n or problem.n)
+    yield Case(row=row.with_tile(replace(tile, first_m=0, first_n=0, rest=None)), problem=first)
+    open_tile = replace(tile.rest, split_k=0, paired=False)
+    other = next(other for other in device_rows(row.stem, device) if other.tile == open_tile)
+    yield Case(row=other.with_tile(tile.rest), problem=replace(problem, m=problem.m - m, n=problem.n - n))
 
 
 def _code(case: Case, device: Device) -> tuple[Any, ...]:

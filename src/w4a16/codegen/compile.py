@@ -86,6 +86,7 @@ def compiled_kernel(launch: Launch, device: Device) -> Any:
     target = gpu_target(device)
     backend = make_backend(target)
     fn = launch.fn
+    assert [*launch.args, *launch.constants] == fn.arg_names  # what a launch passes by place
     # JITFunction.run, less the driver
     bind = create_function_from_signature(fn.signature, fn.params, backend)
     given = {"debug": False, **launch.options}

@@ -33,7 +33,7 @@ def record(device: Device, compiled: set[Place]) -> list[Line]:
 
     Of a GPU whose code is not kept, only rows that are not in `compiled` yet; adds those it compiles.
     """
-    chosen = [case for case in cases(device) if device.arch in DEVICES or place_of(case.row) not in compiled]
+    chosen = [case for case in cases(device) if device.name in DEVICES or place_of(case.row) not in compiled]
     compiled |= {place_of(case.row) for case in chosen}
     return [line for case in chosen for line in lines_of(case, device)]
 

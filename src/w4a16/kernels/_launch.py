@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,22 +110,34 @@ def _based(descriptor: Any, base: Any) -> Any:
     return other
 
 
+def _place(address: int, tensors: Sequence[Tensor | None]) -> tuple[int, int] | None:
+    """In which of the tensors an address lies, and how many bytes from its start: the nearest."""
+    found = []
+    for i, tensor in enumerate(tensors):
+        if tensor is not None:
+            behind = address - tensor.data_ptr()
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            if 0 <= behind <= last * tensor.itemsize:
+                found.append((behind, i))
+    behind, i = min(found, default=(0, -1))
+    return None if i < 0 else (i, behind)
+
+
 def repeat(launches: tuple[Launch, ...], *, given: tuple[Tensor, ...], fixed: Fixed) -> Callable[[Fixed], Again] | None:
     """fixed -> (*given) -> the same launches for tensors of the same shapes, strides and alignment, without a plan.
 
     given are the output and what a call passes; fixed are a weight's tensors and the bias, held by address alone:
-    whoever calls vouches that they are there. What else the launches name is workspace, and new at every call.
-    None where the plan copied what was given, or names a part of its workspace.
+    whoever calls vouches that they are there. A launch may name a part of them. What else the launches name is
+    workspace, and new at every call. None where the plan copied what was given, or names a part of its workspace.
     """
-    slots = {tensor.data_ptr(): slot for slot, tensor in enumerate(given)}
-    owners = {tensor.data_ptr(): j for j, tensor in enumerate(fixed) if tensor is not None}
+    held: list[Tensor] = [*given]
     spaces: list[int] = []  # bytes
     steps = []
     for launch in launches:
         values: list[Any] = [*launch.args.values(), *launch.constants.values()]
-        weights: list[tuple[int, int]] = []  # (argument, which of fixed)
-        fills: list[tuple[int, int]] = []  # (argument, slot): pointers
-        boxes: list[tuple[int, int]] = []  # and descriptors
+        weights: list[tuple[int, int, int]] = []  # (argument, which of fixed, bytes from its start)
+        fills: list[tuple[int, int, int]] = []  # (argument, slot, bytes): pointers
+        boxes: list[tuple[int, int, int]] = []  # and descriptors
         for i, value in enumerate(values):
             described = hasattr(value, "block_shape")
             tensor = value.base if described else value
@@ -133,17 +145,18 @@ def repeat(launches: tuple[Launch, ...], *, given: tuple[Tensor, ...], fixed: Fi
                 continue
             address = tensor.data_ptr()
             values[i] = _based(value, _At(address)) if described else address
-            if address in owners:
-                weights.append((i, owners[address]))
+            if (place := _place(address, fixed)) is not None:
+                weights.append((i, *place))
                 continue
-            if address not in slots:
+            if (place := _place(address, held)) is None:
                 if tensor.storage_offset():
                     return None
-                slots[address] = len(slots)
+                place = len(held), 0
+                held.append(tensor)
                 spaces.append(tensor.untyped_storage().nbytes())
-            (boxes if described else fills).append((i, slots[address]))
+            (boxes if described else fills).append((i, *place))
         steps.append((launch.compiled(), launch.grid, values, weights, fills, boxes))
-    named = {slot for *_, fills, boxes in steps for _, slot in (*fills, *boxes)}
+    named = {slot for *_, fills, boxes in steps for _, slot, _ in (*fills, *boxes)}
     if not named.issuperset(range(len(given))):
         return None
 
@@ -152,9 +165,9 @@ def repeat(launches: tuple[Launch, ...], *, given: tuple[Tensor, ...], fixed: Fi
         bound = []
         for run, grid, values, weights, fills, boxes in steps:
             mine = values.copy()
-            for i, j in weights:
-                described = hasattr(mine[i], "block_shape")
-                mine[i] = _based(mine[i], _At(addresses[j])) if described else addresses[j]
+            for i, j, behind in weights:
+                at = addresses[j] + behind
+                mine[i] = _based(mine[i], _At(at)) if hasattr(mine[i], "block_shape") else at
             bound.append((run, grid, mine, fills, boxes))
 
         def again(*given: Tensor) -> None:
@@ -162,10 +175,10 @@ def repeat(launches: tuple[Launch, ...], *, given: tuple[Tensor, ...], fixed: Fi
             pointers = [tensor.data_ptr() for tensor in held]
             for run, grid, template, fills, boxes in bound:
                 values = template.copy()
-                for i, slot in fills:
-                    values[i] = pointers[slot]
-                for i, slot in boxes:
-                    values[i] = _based(values[i], held[slot])
+                for i, slot, behind in fills:
+                    values[i] = pointers[slot] + behind
+                for i, slot, behind in boxes:
+                    values[i] = _based(values[i], _At(pointers[slot] + behind) if behind else held[slot])
                 run(grid, *values)
 
         return again

@@ -25,7 +25,7 @@ from ._sm90 import (
     words_layout,
     zero_lanes,
 )
-from ._sm90_moe_producer import BOX_ROWS, WARPGROUPS, hear
+from ._sm90_moe_producer import BOX_ROWS, PAIRS, hear
 
 LEAST_SCALE = gl.constexpr(1e-30)  # stands for 0 and for less, which sums cannot be divided by
 
@@ -37,32 +37,30 @@ def scales_sums(group):
 
 
 @gluon.constexpr_function
-def _parts(columns):
+def parts(columns):
     """How many products of a power of two of columns make one of 32, 64, 96 or 128."""
     return 2 if columns == 96 else 1
 
 
 @gluon.constexpr_function
-def _part_columns(columns, part):
+def part_columns(columns, part):
     """96 columns are 64 and 32."""
     return columns if columns != 96 else 64 if part == 0 else 32
 
 
 @gluon.constexpr_function
-def _mma(columns, part):
+def mma_of(columns, part):
     """The layout of the sums of a part."""
-    return sums_layout(_part_columns(columns, part))
+    return sums_layout(part_columns(columns, part))
 
 
 @gluon.jit
-def _operand(
-    codes, scales, zeros, at, SECOND: gl.constexpr, W: gl.constexpr, GROUP: gl.constexpr, DTYPE: gl.constexpr,
-    mma: gl.constexpr,
-):  # fmt: skip
-    """Warpgroup W's first tile of stage `at`, or its SECOND, as operand, and the scales of its rows for the sums."""
+def operand_of(
+    codes, scales, zeros, at, tile: gl.constexpr, GROUP: gl.constexpr, DTYPE: gl.constexpr, mma: gl.constexpr
+):
+    """A tile of stage `at` as operand, and the scales of its rows for the sums."""
     GROUPS: gl.constexpr = groups_a_tile(GROUP)
     a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    tile: gl.constexpr = SECOND * WARPGROUPS + W
     scale = of_rows(scales.index(at).slice(tile * 64, 64, 1), GROUPS)
     if zeros is None:
         zero = gl.full(scale.shape, 8, gl.int32, scale.type.layout)
@@ -82,38 +80,38 @@ def _operand(
 
 
 @gluon.jit
-def _started(a, acc, xs, COLUMNS: gl.constexpr):
+def started(a, acc, xs, COLUMNS: gl.constexpr):
     """Starts acc + a @ x^T for one tile and every part of the columns."""
     running = ()
-    for p in gl.static_range(_parts(COLUMNS)):
-        x = xs.slice(p * 64, _part_columns(COLUMNS, p), 0).permute((1, 0))
-        w = gl.convert_layout(a, gl.DotOperandLayout(0, _mma(COLUMNS, p), 2), assert_trivial=True)
+    for p in gl.static_range(parts(COLUMNS)):
+        x = xs.slice(p * 64, part_columns(COLUMNS, p), 0).permute((1, 0))
+        w = gl.convert_layout(a, gl.DotOperandLayout(0, mma_of(COLUMNS, p), 2), assert_trivial=True)
         running = running + (warpgroup_mma(w, x, acc[p], is_async=True),)
     return running
 
 
 @gluon.jit
-def _ended(running, a, COLUMNS: gl.constexpr, LATER: gl.constexpr):
+def ended(running, a, COLUMNS: gl.constexpr, LATER: gl.constexpr):
     """The sums of a tile, once all products but those of LATER tiles are there.
 
     The operand is named here so that it keeps its registers until then.
     """
-    done_and_a = warpgroup_mma_wait(LATER * _parts(COLUMNS), deps=running + (a,))
-    return done_and_a[: _parts(COLUMNS)]
+    done_and_a = warpgroup_mma_wait(LATER * parts(COLUMNS), deps=running + (a,))
+    return done_and_a[: parts(COLUMNS)]
 
 
 @gluon.jit
-def _scaled(acc, factor, COLUMNS: gl.constexpr):
+def scaled(acc, factor, COLUMNS: gl.constexpr):
     """The sums of a tile, each row times its factor."""
-    scaled = ()
-    for p in gl.static_range(_parts(COLUMNS)):
-        each = gl.convert_layout(factor, gl.SliceLayout(1, _mma(COLUMNS, p)), assert_trivial=True)
-        scaled = scaled + (acc[p] * gl.expand_dims(each, 1),)
-    return scaled
+    products = ()
+    for p in gl.static_range(parts(COLUMNS)):
+        each = gl.convert_layout(factor, gl.SliceLayout(1, mma_of(COLUMNS, p)), assert_trivial=True)
+        products = products + (acc[p] * gl.expand_dims(each, 1),)
+    return products
 
 
 @gluon.jit
-def _ratio(x, y):
+def ratio(x, y):
     """x / y of fp32 by the approximate reciprocal."""
     return gl.inline_asm_elementwise(
         "div.approx.ftz.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=gl.float32, is_pure=True, pack=1
@@ -121,7 +119,7 @@ def _ratio(x, y):
 
 
 @gluon.jit
-def _awaited(full, done, STAGES: gl.constexpr, GATHERS: gl.constexpr):
+def awaited(full, done, STAGES: gl.constexpr, GATHERS: gl.constexpr):
     """The stage of a step, once it is filled."""
     at = done % STAGES
     mbarrier.wait(full.index(at), done // STAGES & 1)
@@ -142,25 +140,25 @@ def _step(
     which the second tile's product runs on; 2 is one alone. EVEN: groups of 64.
     """
     SUMS: gl.constexpr = scales_sums(GROUP)
-    mma: gl.constexpr = _mma(COLUMNS, 0)
+    mma: gl.constexpr = mma_of(COLUMNS, 0)
     at = done % STAGES
     x = xs.index(at)
-    running0 = _started(a, acc0, x, COLUMNS)
+    running0 = started(a, acc0, x, COLUMNS)
     if PART == 1:
-        acc1 = _ended(acc1, b, COLUMNS, 1)
+        acc1 = ended(acc1, b, COLUMNS, 1)
         mbarrier.arrive(empty.index((done - 1) % STAGES), count=1)
-    b, later1 = _operand(codes, scales, zeros, at, 1, W, GROUP, xs.dtype, mma)
+    b, later1 = operand_of(codes, scales, zeros, at, PAIRS + W, GROUP, xs.dtype, mma)
     if SUMS and (PART != 1 or EVEN):
-        acc1 = _scaled(acc1, _ratio(row1, later1), COLUMNS)
+        acc1 = scaled(acc1, ratio(row1, later1), COLUMNS)
         row1 = later1
-    acc1 = _started(b, acc1, x, COLUMNS)
-    acc0 = _ended(running0, a, COLUMNS, 1)
-    a, later0 = _operand(codes, scales, zeros, _awaited(full, done + 1, STAGES, GATHERS), 0, W, GROUP, xs.dtype, mma)
+    acc1 = started(b, acc1, x, COLUMNS)
+    acc0 = ended(running0, a, COLUMNS, 1)
+    a, later0 = operand_of(codes, scales, zeros, awaited(full, done + 1, STAGES, GATHERS), W, GROUP, xs.dtype, mma)
     if SUMS and (PART == 1 or EVEN):
-        acc0 = _scaled(acc0, _ratio(row0, later0), COLUMNS)
+        acc0 = scaled(acc0, ratio(row0, later0), COLUMNS)
         row0 = later0
     if PART != 0:
-        acc1 = _ended(acc1, b, COLUMNS, 0)
+        acc1 = ended(acc1, b, COLUMNS, 0)
         mbarrier.arrive(empty.index(at), count=1)
     return a, b, row0, row1, acc0, acc1
 
@@ -196,9 +194,9 @@ def activated(x, ACTIVATION: gl.constexpr):
 @gluon.jit
 def _write(out_desc, outs, y, row, column, COLUMNS: gl.constexpr):
     """out[row : row + COLUMNS, column : column + 64] = y^T, given in parts, through shared memory."""
-    for p in gl.static_range(_parts(COLUMNS)):
+    for p in gl.static_range(parts(COLUMNS)):
         part = y[p]
-        outs.slice(p * 64, _part_columns(COLUMNS, p), 0).store(part.to(outs.dtype).permute([1, 0]))
+        outs.slice(p * 64, part_columns(COLUMNS, p), 0).store(part.to(outs.dtype).permute([1, 0]))
     fence_async_shared()
     for i in gl.static_range(COLUMNS // BOX_ROWS):
         from_shared(out_desc, [row + i * BOX_ROWS, column], outs.slice(i * BOX_ROWS, BOX_ROWS, 0))
@@ -214,14 +212,14 @@ def _product(
     xs, codes, scales, full, empty = ring
     sorted_ptr, _, _, _, _, slots, _ = routing
     SUMS: gl.constexpr = scales_sums(GROUP)
-    mma: gl.constexpr = _mma(COLUMNS, 0)
+    mma: gl.constexpr = mma_of(COLUMNS, 0)
     EVEN: gl.constexpr = SUMS and GROUP % 128 != 0
     acc0, acc1 = (), ()
-    for p in gl.static_range(_parts(COLUMNS)):
-        zero = gl.zeros([64, _part_columns(COLUMNS, p)], gl.float32, _mma(COLUMNS, p))
+    for p in gl.static_range(parts(COLUMNS)):
+        zero = gl.zeros([64, part_columns(COLUMNS, p)], gl.float32, mma_of(COLUMNS, p))
         acc0 = acc0 + (zero,)
         acc1 = acc1 + (zero,)
-    a, row0 = _operand(codes, scales, zeros, _awaited(full, done, STAGES, GATHERS), 0, W, GROUP, xs.dtype, mma)
+    a, row0 = operand_of(codes, scales, zeros, awaited(full, done, STAGES, GATHERS), W, GROUP, xs.dtype, mma)
     row1 = row0
     for _ in range((steps - 1) // 2):
         a, b, row0, row1, acc0, acc1 = _step(
@@ -240,23 +238,23 @@ def _product(
         )  # fmt: skip
         done += 1
     at = done % STAGES
-    running0 = _started(a, acc0, xs.index(at), COLUMNS)
-    b, later1 = _operand(codes, scales, zeros, at, 1, W, GROUP, xs.dtype, mma)
+    running0 = started(a, acc0, xs.index(at), COLUMNS)
+    b, later1 = operand_of(codes, scales, zeros, at, PAIRS + W, GROUP, xs.dtype, mma)
     if SUMS:
-        acc1 = _scaled(acc1, _ratio(row1, later1), COLUMNS)
-    running1 = _started(b, acc1, xs.index(at), COLUMNS)
-    acc0 = _ended(running0, a, COLUMNS, 1)
+        acc1 = scaled(acc1, ratio(row1, later1), COLUMNS)
+    running1 = started(b, acc1, xs.index(at), COLUMNS)
+    acc0 = ended(running0, a, COLUMNS, 1)
     if SUMS:
-        acc0 = _scaled(acc0, row0, COLUMNS)
-    acc1 = _ended(running1, b, COLUMNS, 0)
+        acc0 = scaled(acc0, row0, COLUMNS)
+    acc1 = ended(running1, b, COLUMNS, 0)
     mbarrier.arrive(empty.index(at), count=1)
     if SUMS:
-        acc1 = _scaled(acc1, later1, COLUMNS)
+        acc1 = scaled(acc1, later1, COLUMNS)
     first, second = (), ()
-    for p in gl.static_range(_parts(COLUMNS)):
+    for p in gl.static_range(parts(COLUMNS)):
         sum0, sum1 = acc0[p], acc1[p]
         if shares_ptr is not None:
-            lane = gl.arange(0, _part_columns(COLUMNS, p), gl.SliceLayout(0, _mma(COLUMNS, p)))
+            lane = gl.arange(0, part_columns(COLUMNS, p), gl.SliceLayout(0, mma_of(COLUMNS, p)))
             slot = gl.load(sorted_ptr + row + p * 64 + lane)
             share = gl.expand_dims(gl.load(shares_ptr + slot, mask=slot < slots, other=0.0).to(gl.float32), 0)
             sum0 *= share
@@ -267,13 +265,13 @@ def _product(
         else:
             first = first + (sum0,)
             second = second + (activated(sum1, ACTIVATION),)
-    ROOMS: gl.constexpr = outs.shape[0] // WARPGROUPS
+    ROOMS: gl.constexpr = outs.shape[0] // PAIRS
     tma.store_wait(0)
     _write(out_desc, outs.index(W * ROOMS), first, row, column, COLUMNS)
     if not GATED:
         if ROOMS == 1:
             tma.store_wait(0)
-        _write(out_desc, outs.index(W * ROOMS + ROOMS - 1), second, row, column + 64 * WARPGROUPS, COLUMNS)
+        _write(out_desc, outs.index(W * ROOMS + ROOMS - 1), second, row, column + 64 * PAIRS, COLUMNS)
 
 
 @gluon.jit
@@ -282,15 +280,15 @@ def consume(
     GROUP: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr, GATHERS: gl.constexpr,
 ):  # fmt: skip
-    """Warpgroup W's part of every unit: a block of the route times WARPGROUPS pairs of tiles."""
+    """Warpgroup W's part of every unit: a block of the route times PAIRS pairs of tiles."""
     K, tiles_n, _ = sizes
     steps = gl.cdiv(K, 64)
-    units_n = gl.cdiv(gl.cdiv(tiles_n, 2), WARPGROUPS)
-    WIDTH: gl.constexpr = 64 * WARPGROUPS if GATED else 128 * WARPGROUPS
+    units_n = gl.cdiv(tiles_n, 2 * PAIRS)
+    WIDTH: gl.constexpr = 64 * PAIRS if GATED else 128 * PAIRS
     TIGHT: gl.constexpr = not scales_sums(GROUP) and zeros is not None  # 96 columns make ptxas of Triton 3.9 spill
-    done, turn = 0, 0
-    word = hear(told, turn)
+    done, turn, word = 0, 0, 1
     while word != 0:
+        word = hear(told, turn)  # the last is 0, of no boxes
         unit, boxes = word // 8, word % 8
         if TIGHT:
             boxes += (boxes == 3).to(gl.int32)
@@ -303,5 +301,4 @@ def consume(
                 )  # fmt: skip
         done += steps
         turn += 1
-        word = hear(told, turn)
     tma.store_wait(0)

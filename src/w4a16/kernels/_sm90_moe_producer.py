@@ -13,7 +13,7 @@ from ..compat import copy_to_shared, reinterpreted, to_shared, workgroup_barrier
 from ._sm90 import let_the_next_kernel_start, wait_for_the_kernel_before
 
 THREADS = gl.constexpr(128)  # each arrives at a stage when its part of a gather has
-WARPGROUPS = gl.constexpr(2)  # of two tiles of 64 rows of W each
+PAIRS = gl.constexpr(2)  # of tiles of 64 rows of W, of a program: where gated, of a gate tile and its up tile
 BOX_ROWS = gl.constexpr(32)  # of x and out: a block takes as many boxes as it has rows
 
 
@@ -132,13 +132,13 @@ def _ask_weight(
         for i in gl.static_range(1, BLOCK_M // BOX_ROWS + 1):
             mbarrier.expect(full.index(at), BYTES + i * BOX_ROWS * 128, pred=boxes == i)
     if GATED:  # rows of the gate tiles and, in the second half, of the up tiles
-        half, row = expert * 2, n * WARPGROUPS
+        half, row = expert * 2, n * PAIRS
     else:
-        half, row = 0, expert * tiles_n + n * (2 * WARPGROUPS)
+        half, row = 0, expert * tiles_n + n * (2 * PAIRS)
     box = reinterpreted(codes.index(at), gl.int32, codes_desc.block_shape, codes_desc.layout)
     to_shared(codes_desc, [half, row, step * 16, 0], full.index(at), box)
     group = expert * groups + step * 64 // GROUP
-    first = n * (WARPGROUPS * 64) if GATED else n * (2 * WARPGROUPS * 64)
+    first = n * (PAIRS * 64) if GATED else n * (2 * PAIRS * 64)
     at_scales = reinterpreted(scales.index(at), scales.dtype, scales_desc.block_shape, scales_desc.layout)
     to_shared(scales_desc, [group, 0, first], full.index(at), at_scales)
     if zeros_desc is not None:
@@ -163,7 +163,7 @@ def produce(
     K, tiles_n, _ = sizes
     GATHERS: gl.constexpr = x_ptr is not None
     steps = gl.cdiv(K, 64)
-    units_n = gl.cdiv(gl.cdiv(tiles_n, 2), WARPGROUPS)
+    units_n = gl.cdiv(tiles_n, 2 * PAIRS)
     if GATHERS:
         wait_for_the_kernel_before()
         let_the_next_kernel_start()

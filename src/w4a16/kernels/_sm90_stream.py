@@ -26,6 +26,19 @@ def words_of(codes_at, i: gl.constexpr, left):
 
 
 @gluon.jit
+def ask_l2(codes_at, i, left):
+    """Asks the L2 cache for tile i from here on: no register waits for it."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.gt.s32 p, $5, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "=r,l,l,l,l,r,r,r,r",
+        [codes_at + i * 512, left - i],
+        dtype=gl.int8,
+        is_pure=False,
+        pack=4,  # a thread's four words lie in one line
+    )
+
+
+@gluon.jit
 def beside_sums(scales, WARPS: gl.constexpr, mma: gl.constexpr):
     """Scales [WARPS, 8, 2] of a thread's rows as a column beside its sums."""
     rows = scales.reshape([WARPS, 8, 2]).permute([0, 2, 1]).reshape([16 * WARPS])

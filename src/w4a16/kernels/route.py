@@ -117,6 +117,7 @@ def _route(
     EXPERTS: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROOM: tl.constexpr,  # BLOCK, or the next power of two
     OWN: tl.constexpr,
     STEP: tl.constexpr,
     ROWS: tl.constexpr,  # of counts read at a time
@@ -190,8 +191,10 @@ def _route(
                 turn += tl.where(kind < i, of_kind, 0)
             tl.store(order_ptr + turn, block, mask=(block < blocks) & (owner < EXPERTS))
         empty = tl.where(owner < EXPERTS, tl.gather(filled, tl.minimum(owner, BINS - 1), 0), 0)
-        at = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        tl.store(sorted_ptr + at, slots, mask=(block < blocks)[:, None] & (at >= empty[:, None]))
+        lane = tl.arange(0, ROOM)[None, :]
+        at = block[:, None] * BLOCK + lane
+        unfilled = (block < blocks)[:, None] & (lane < BLOCK) & (at >= empty[:, None])
+        tl.store(sorted_ptr + at, slots, mask=unfilled)
     if (group == 0) & (chunk == 0):
         tl.store(used_ptr, tl.sum(padded, 0))
         if taken_ptr is not None:
@@ -249,6 +252,7 @@ def route_launches(
     constants = {
         **sizes,
         "BLOCK": block,
+        "ROOM": triton.next_power_of_2(block),
         "OWN": OWN,
         "STEP": step,
         "ROWS": max(1, MOST_COUNTS // bins),

@@ -42,7 +42,7 @@ from ._sm90_slabs import (
     of_parts,
     zeros_of_chunk,
 )
-from ._sm90_stream import chunk_of, halves, put, words_of
+from ._sm90_stream import ask_l2, chunk_of, halves, put, words_of
 
 X_ALIGNMENT = 16  # elements: asynchronous copies take 16 bytes, and Triton knows of multiples of 16
 X_FARTHEST = 1 << 27  # elements from row to row: offsets in x are 32 bits, of 64 they take up to 35 registers more
@@ -76,6 +76,8 @@ def _sm90_decode(
     SLABS: gl.constexpr,  # of x, scales and zero points in shared memory
     WHOLE: gl.constexpr,  # a slab for every trip; else they are a ring
     SPARE: gl.constexpr,  # KiB of shared memory that keep more programs off the SM
+    EARLY: gl.constexpr,  # the tile that takes another's place is asked for before that one's product
+    L2_AHEAD: gl.constexpr,  # tiles after those on their way are asked into the L2 cache
 ):
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     ROWS: gl.constexpr = 16 * WARPS // PARTS
@@ -100,7 +102,6 @@ def _sm90_decode(
     row = block * (ROWS // 4) + y % (ROWS // 4)
     tile_row = gl.minimum(row >> 4, (scales_stride >> 6) - 1).to(gl.int64)
     codes_at = codes_ptr + (tile_row * codes_stride + first * 512 + (row & 15) * 32 + word)
-    AHEAD: gl.constexpr = SLABS if WHOLE else SLABS - 1
     flat: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, [1, 0])
     scale_slabs = gl.allocate_shared_memory(DTYPE, [SLABS, LINES, PARTS * ROWS], flat)
     scales_ptr += block * ROWS
@@ -109,13 +110,16 @@ def _sm90_decode(
         zero_slabs = gl.allocate_shared_memory(gl.uint8, [SLABS, LINES, PARTS * ROWS], flat)
         zeros_ptr += block * ROWS
     rows = scales_stride - block * ROWS
-    for trip in gl.static_range(AHEAD):
+    for trip in gl.static_range(SLABS):
         here = scales_stride, rows, split * PARTS, trip * DEPTH, share, tiles
         ask_groups(scale_slabs, zero_slabs, trip, scales_ptr, zeros_ptr, *here, GROUP, CHUNK, PARTS, WARPS)
     keep_loads_in_order()  # scales first: what is asked for last comes last
     words = ()
     for i in gl.static_range(TILES):
         words = words + (words_of(codes_at, i, left),)
+    if L2_AHEAD:
+        for i in gl.static_range(TILES):
+            ask_l2(codes_at, i + DEPTH, left)
 
     shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
     x_slabs = gl.allocate_shared_memory(DTYPE, [SLABS, PARTS, BLOCK_M, 64 * DEPTH], shared)
@@ -130,7 +134,7 @@ def _sm90_decode(
     x_at = m * x_stride + begin + k
     keep_shared_memory(SPARE)
     wait_for_the_kernel_before()
-    for trip in gl.static_range(AHEAD):
+    for trip in gl.static_range(SLABS):
         ahead = trip * (64 * DEPTH)
         copy_to_shared(x_slabs.index(trip), x_ptr + (x_at + ahead), mask=(m < M) & (k + ahead < columns))
         async_copy.commit_group()
@@ -141,28 +145,26 @@ def _sm90_decode(
     acc = gl.zeros([PARTS, ROWS, BLOCK_M], gl.float32, mma)
     for trip in range(SLABS if WHOLE else trips):
         if not WHOLE:
-            async_copy.wait_group(SLABS - 2)
+            async_copy.wait_group(SLABS - 1)
             workgroup_barrier()
-            coming = trip + SLABS - 1
-            if coming < trips:
-                slab, ahead = coming % SLABS, coming * (64 * DEPTH)
-                copy_to_shared(x_slabs.index(slab), x_ptr + (x_at + ahead), mask=(m < M) & (k + ahead < columns))
-                here = scales_stride, rows, split * PARTS, coming * DEPTH, share, tiles
-                ask_groups(scale_slabs, zero_slabs, slab, scales_ptr, zeros_ptr, *here, GROUP, CHUNK, PARTS, WARPS)
-            async_copy.commit_group()  # of nothing at the end: the count of groups stays
-        xs = x_slabs.index(trip % SLABS)
+        slab = trip % SLABS
+        xs = x_slabs.index(slab)
         codes_at += DEPTH * 512
         left -= DEPTH
         for c in gl.static_range(CHUNKS):
-            scale = of_chunk(scale_slabs.index(trip % SLABS), c, GROUPS, WARPS)
+            scale = of_chunk(scale_slabs.index(slab), c, GROUPS, WARPS)
             if zeros_ptr is not None:
-                zero = zeros_of_chunk(zero_slabs.index(trip % SLABS), c, DTYPE, GROUPS, WARPS)
+                zero = zeros_of_chunk(zero_slabs.index(slab), c, DTYPE, GROUPS, WARPS)
             else:
                 zero = zero_lanes(gl.full(scale.shape, 8, gl.int32, scale.type.layout), DTYPE)
             part = gl.zeros([PARTS, ROWS, BLOCK_M], gl.float32, mma)
             for i in gl.static_range(c * CHUNK, (c + 1) * CHUNK):
                 pairs = centred(words[i], zero, DTYPE, WARPS)
                 words = put(words, i, words_of(codes_at, i, left))
+                if L2_AHEAD:
+                    ask_l2(codes_at, i + DEPTH, left)
+                if EARLY and (BLOCK_M == 8 or i % 2 == 1):
+                    keep_loads_in_order()
                 if GROUPS == 1:
                     w = of_parts(operand(pairs, None, DTYPE, WARPS, flat_a), PARTS, a_layout)
                     part = mma_v2(w, xs.slice(i * 64, 64, 2).permute((0, 2, 1)).load(b_layout), part)
@@ -175,10 +177,19 @@ def _sm90_decode(
                     far_sum = mma_v2(of_parts(far, PARTS, a_layout), far_x, part)
                     acc += near_sum * beside_parts(near_scale, WARPS, PARTS, mma)
                     acc += far_sum * beside_parts(far_scale, WARPS, PARTS, mma)
-                if i % 2 == 1:
+                if i % 2 == 1 and not EARLY:
                     keep_loads_in_order()
             if GROUPS == 1:
                 acc += part * beside_parts(scale, WARPS, PARTS, mma)
+        if not WHOLE:
+            workgroup_barrier()
+            coming = trip + SLABS
+            if coming < trips:
+                ahead = coming * (64 * DEPTH)
+                copy_to_shared(xs, x_ptr + (x_at + ahead), mask=(m < M) & (k + ahead < columns))
+                here = scales_stride, rows, split * PARTS, coming * DEPTH, share, tiles
+                ask_groups(scale_slabs, zero_slabs, slab, scales_ptr, zeros_ptr, *here, GROUP, CHUNK, PARTS, WARPS)
+            async_copy.commit_group()  # of nothing at the end: the count of groups stays
 
     total = gl.sum(acc, 0)
     sums: gl.constexpr = total.type.layout
@@ -254,6 +265,8 @@ def plan(
         "SLABS": trips if trips <= tile.slabs else tile.ring,
         "WHOLE": trips <= tile.slabs,
         "SPARE": decode_spare_kib(tile, decode_shared_bytes(tile, m, k, weight.group, weight.zeros is not None)),
+        "EARLY": tile.early,
+        "L2_AHEAD": tile.l2_ahead and trips > tile.slabs,
     }
     options = {"num_warps": tile.warps, "launch_pdl": True} | told_registers(tile.registers)
     return (Launch(fn=_sm90_decode, grid=(blocks,), cluster=split, args=args, constants=constants, options=options),)

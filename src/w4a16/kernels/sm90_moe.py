@@ -1,9 +1,9 @@
 """sm90_moe: an expert layer on Hopper's warpgroup matrix units, over blocks of routed rows.
 
-As sm90_prefill: out^T = W @ x^T, W dequantised in registers. A warpgroup keeps two tiles of 64 rows of W, each with its
-own sums, over the same x: a gate tile and its up tile, so that the activation is thread-local, or two adjacent ones.
-Producers copy codes by TMA; gemm1 gathers rows of x with asynchronous copies, gemm2 reads the hidden rows by TMA, where
-gemm1 left them in the order of the route.
+As sm90_prefill: out^T = W @ x^T, W dequantised in registers, of four tiles of 64 rows over one x. Two warpgroups keep
+two tiles each, with sums of their own: a gate tile and its up tile, so that the activation is thread-local, or two
+adjacent ones; or four warpgroups keep one each. Producers copy codes by TMA; gemm1 gathers rows of x with asynchronous
+copies, gemm2 reads the hidden rows by TMA, where gemm1 left them in the order of the route.
 """
 
 # mypy: disable-error-code="assignment, var-annotated, unreachable"
@@ -32,13 +32,15 @@ from ._launch import Launch, runs
 from ._permuted_rows import permuted_rows
 from ._sm90 import aligned, groups_a_tile
 from ._sm90_moe_consumer import consume, scales_sums
-from ._sm90_moe_producer import BOX_ROWS, THREADS, WARPGROUPS, produce
+from ._sm90_moe_producer import BOX_ROWS, PAIRS, THREADS, produce
+from ._sm90_moe_tile import consume_tile
 from ._token_sums import placed_sums
 from .route import Turns, route_launches
 
 LEAST_SORTED = 8  # slots a block of experts in act-order, whose rows are put in order by the route
 # Of a thread of consumers, and of the producer, which gathers so many rows: together all that an SM has.
 REGISTERS = {32: (224, 56), 64: (224, 56), 128: (216, 72)}
+FOUR = (104, 64)  # four warpgroups of consumers: with the producer what 640 threads start with, 96 each
 SHARED_GATHERED, SHARED, SHARED_START = (96, 48), (104, 32), 80  # two programs an SM
 UNGATHERED = (232, 40)  # 128 rows with zero points, x by TMA: ptxas of Triton 3.6 spills two words with fewer
 ALIGNMENT = 16  # elements: copies take 16 bytes, and Triton knows of multiples of 16
@@ -70,6 +72,7 @@ def _sm90_moe(
     ACTIVATION: gl.constexpr,
     WHOLE: gl.constexpr,  # K is a multiple of 64
     BLOCK_M: gl.constexpr,
+    WARPGROUPS: gl.constexpr,  # of consumers: 2 of two tiles each, 4 of one
     STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -77,9 +80,10 @@ def _sm90_moe(
     DTYPE: gl.constexpr = scales_desc.dtype
     GROUPS: gl.constexpr = groups_a_tile(GROUP)
     GATHERS: gl.constexpr = x_ptr is not None
+    ROOM: gl.constexpr = 128 if BLOCK_M == 96 else BLOCK_M  # Triton's shapes are powers of two
     x_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    xs = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, 64], x_layout)
-    TILES: gl.constexpr = 2 * WARPGROUPS
+    xs = gl.allocate_shared_memory(DTYPE, [STAGES, ROOM, 64], x_layout)
+    TILES: gl.constexpr = 2 * PAIRS
     codes_layout: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
     codes = gl.allocate_shared_memory(gl.int32, [STAGES, TILES * 16, 32], codes_layout)
     scales_layout: gl.constexpr = gl.NVMMASharedLayout(0, 16, 2)
@@ -89,8 +93,23 @@ def _sm90_moe(
     else:
         zeros_layout: gl.constexpr = gl.NVMMASharedLayout(0, 8, 2)
         zeros = gl.allocate_shared_memory(gl.uint8, [STAGES, GROUPS, TILES * 64], zeros_layout)
-    ROOMS: gl.constexpr = 1 if GATED or out_desc.dtype == gl.float32 else 2  # of 64 columns, a warpgroup
-    outs = gl.allocate_shared_memory(out_desc.dtype, [WARPGROUPS * ROOMS, BLOCK_M, 64], out_desc.layout)
+    FP32: gl.constexpr = out_desc.dtype == gl.float32
+    ROOMS: gl.constexpr = PAIRS if GATED or (FP32 and WARPGROUPS == PAIRS) else TILES  # of 64 columns
+    outs = gl.allocate_shared_memory(
+        out_desc.dtype, [ROOMS, 64 if FP32 and BLOCK_M == 96 else ROOM, 64], out_desc.layout
+    )
+    if WARPGROUPS == PAIRS or not GATED:
+        handing: gl.constexpr = None
+    else:
+        # Without bank conflicts for sums, of which a warp has 8 rows and 4 pairs of columns at a time.
+        up_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
+        ups = gl.allocate_shared_memory(gl.float32, [PAIRS, ROOM, 64], up_layout)
+        given = gl.allocate_shared_memory(gl.int64, [PAIRS, 1], mbarrier.MBarrierLayout())
+        taken = gl.allocate_shared_memory(gl.int64, [PAIRS, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(PAIRS):
+            mbarrier.init(given.index(i), count=1)
+            mbarrier.init(taken.index(i), count=1)
+        handing = (ups, given, taken)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     words = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -112,14 +131,28 @@ def _sm90_moe(
     routing = (sorted_ptr, expert_ptr, order_ptr, used_ptr, taken_ptr + which, slots, top_k)
     sizes = (K, tiles_n, groups)
     # fmt: off
-    gl.warp_specialize([
-        (consume, (0, out_desc, shares_ptr, ring, zeros, told, outs, routing, sizes,
-         GROUP, GATED, ACTIVATION, BLOCK_M, STAGES, GATHERS)),
-        (consume, (1, out_desc, shares_ptr, ring, zeros, told, outs, routing, sizes,
-         GROUP, GATED, ACTIVATION, BLOCK_M, STAGES, GATHERS)),
-        (produce, (x, w, ring, zeros, told, routing, sizes,
-         GROUP, GATED, WHOLE, BLOCK_M, STAGES)),
-    ], [4, 4], [C, P])
+    if WARPGROUPS == PAIRS:
+        gl.warp_specialize([
+            (consume, (0, out_desc, shares_ptr, ring, zeros, told, outs, routing, sizes,
+             GROUP, GATED, ACTIVATION, BLOCK_M, STAGES, GATHERS)),
+            (consume, (1, out_desc, shares_ptr, ring, zeros, told, outs, routing, sizes,
+             GROUP, GATED, ACTIVATION, BLOCK_M, STAGES, GATHERS)),
+            (produce, (x, w, ring, zeros, told, routing, sizes,
+             GROUP, GATED, WHOLE, BLOCK_M, STAGES)),
+        ], [4, 4], [C, P])
+    else:
+        gl.warp_specialize([
+            (consume_tile, (0, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
+             GROUP, GATED, ACTIVATION, BLOCK_M, STAGES, GATHERS)),
+            (consume_tile, (1, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
+             GROUP, GATED, ACTIVATION, BLOCK_M, STAGES, GATHERS)),
+            (consume_tile, (2, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
+             GROUP, GATED, ACTIVATION, BLOCK_M, STAGES, GATHERS)),
+            (consume_tile, (3, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
+             GROUP, GATED, ACTIVATION, BLOCK_M, STAGES, GATHERS)),
+            (produce, (x, w, ring, zeros, told, routing, sizes,
+             GROUP, GATED, WHOLE, BLOCK_M, STAGES)),
+        ], [4, 4, 4, 4], [C, C, C, P])
     # fmt: on
 
 
@@ -148,7 +181,7 @@ def gemm(
     box = [BOX_ROWS.value, TILE]
     halves = 2 if gated else 1
     tiles = weight.codes.view(weight.experts * 2 if gated else 1, -1, tiles_k * 16, TILE_WORDS // 16)
-    tiles_box = [halves, 2 * WARPGROUPS.value // halves, 16, TILE_WORDS // 16]
+    tiles_box = [halves, 2 * PAIRS.value // halves, 16, TILE_WORDS // 16]
     args = {
         "out_desc": TensorDescriptor.from_tensor(out, box, gl.NVMMASharedLayout(128, 8 * out.itemsize, 2)),
         "x_ptr": None if top_k is None else x,
@@ -177,19 +210,22 @@ def gemm(
         "ACTIVATION": activation,
         "WHOLE": weight.k % TILE == 0,
         "BLOCK_M": tile.block_m,
+        "WARPGROUPS": tile.warpgroups,
         "STAGES": tile.stages,
         "CONSUMER_REGISTERS": consumer,
         "PRODUCER_REGISTERS": producer,
     }
     options = {"num_warps": 4, "launch_pdl": True} | ({"maxnreg": most} if most else {})
     sms = (current_device(x.device) if x.is_cuda else known_device("sm90")).compute_units
-    units = routing.expert_ids.numel() * triton.cdiv(triton.cdiv(tiles_n, 2), WARPGROUPS.value)
+    units = routing.expert_ids.numel() * triton.cdiv(tiles_n, 2 * PAIRS.value)
     grid = (min(units, sms * tile.residents),)
     return Launch(fn=_sm90_moe, grid=grid, args=args, constants=constants, options=options)
 
 
 def registers(tile: Sm90MoeTile, gathers: bool, has_zeros: bool) -> tuple[int, int, int]:
     """Of a thread of consumers, of the producer, and, where programs share an SM, of any at the start, else 0."""
+    if tile.warpgroups == 4:
+        return *FOUR, 0
     if tile.residents > 1:
         return *(SHARED_GATHERED if gathers else SHARED), SHARED_START
     if tile.block_m == max(REGISTERS) and has_zeros and not gathers:
@@ -200,7 +236,7 @@ def registers(tile: Sm90MoeTile, gathers: bool, has_zeros: bool) -> tuple[int, i
 def _row_desc(grid: Tensor, group: int, halves: int) -> TensorDescriptor:
     """Scales or zero points of all experts in boxes of the rows that a program takes at a time."""
     rows = grid.view(-1, halves, grid.shape[-1] // halves)
-    box = [groups_a_tile(group), 1 if halves == 1 else 2, 2 * WARPGROUPS.value * TILE // halves]
+    box = [groups_a_tile(group), 1 if halves == 1 else 2, 2 * PAIRS.value * TILE // halves]
     return TensorDescriptor.from_tensor(rows, box, gl.NVMMASharedLayout(0, 8 * grid.itemsize, 3))
 
 

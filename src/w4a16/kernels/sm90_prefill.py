@@ -21,7 +21,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..device import current_device, known_device
 from ..layouts import PackedWeight
-from ..layouts.sm90 import TILE, TILE_WORDS
+from ..layouts.sm90 import TILE, TILE_WORDS, rows_sm90
 from ..tuning.sm90_tiles import Sm90PrefillTile
 from ._add_parts import addition
 from ._launch import Launch, runs
@@ -145,8 +145,25 @@ def plan(
     *, out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, tile: Sm90PrefillTile
 ) -> tuple[Launch, ...]:
     """The launches of out [M, N] = x [M, K] @ W^T + bias; x already permuted for act-order."""
-    m, n, k = x.shape[0], weight.n, weight.k
     x = aligned(x, ALIGNMENT)
+    if tile.rest is None:
+        return _launches(out, x, weight, bias, tile)
+    if tile.first_m:
+        m = tile.first_m
+        return *_launches(out[:m], x[:m], weight, bias, tile), *_launches(out[m:], x[m:], weight, bias, tile.rest)
+    n, last = tile.first_n, weight.n - tile.first_n
+    first_bias, last_bias = (None, None) if bias is None else (bias[:n], bias[n:])
+    return (
+        *_launches(out[:, :n], x, rows_sm90(weight, 0, n), first_bias, tile),
+        *_launches(out[:, n:], x, rows_sm90(weight, n, last), last_bias, tile.rest),
+    )
+
+
+def _launches(
+    out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, tile: Sm90PrefillTile
+) -> tuple[Launch, ...]:
+    """One GEMM, and what adds its parts."""
+    m, n, k = x.shape[0], weight.n, weight.k
     blocks_k, rows = triton.cdiv(k, tile.block_k), TILE * tile.warpgroups
     split = triton.cdiv(blocks_k, triton.cdiv(blocks_k, tile.split_k))  # every part has some
     units = triton.cdiv(m, tile.block_m) * triton.cdiv(n, rows) * split
@@ -208,7 +225,7 @@ def _row_desc(grid: Tensor, groups: int) -> TensorDescriptor:
     """Scales or zero points in boxes of so many groups and of one tile's rows."""
     box = [groups, max(TILE, BOX_BYTES // grid.itemsize)]
     return TensorDescriptor(
-        grid, list(grid.shape), [grid.shape[1], 1], box, gl.NVMMASharedLayout(0, 8 * grid.itemsize, 2)
+        grid, list(grid.shape), [grid.stride(0), 1], box, gl.NVMMASharedLayout(0, 8 * grid.itemsize, 2)
     )
 
 

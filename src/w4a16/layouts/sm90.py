@@ -14,6 +14,7 @@ columns needs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -63,18 +64,26 @@ def pack_sm90(weight: QuantizedWeight, act: torch.dtype) -> tuple[Tensor, Tensor
     return codes, scales, zeros
 
 
+def rows_sm90(packed: PackedWeight, first: int, n: int) -> PackedWeight:
+    """So many rows of a linear layer's weight from `first` on, the first of a tile, in the same memory."""
+    last = first - (-n // TILE) * TILE
+    zeros = None if packed.zeros is None else packed.zeros[:, first:last]
+    codes, scales = packed.codes[first // TILE : last // TILE], packed.scales[:, first:last]
+    return replace(packed, codes=codes, scales=scales, zeros=zeros, n=n)
+
+
 def split_sm90(packed: PackedWeight, rows: Sequence[int]) -> list[PackedWeight]:
     """Weights of so many rows each, all of whole tiles, in memory of their own."""
-    codes = packed.codes.split([count // TILE for count in rows])
-    scales = packed.scales.split(rows, dim=-1)
-    zeros = [None] * len(rows) if packed.zeros is None else packed.zeros.split(rows, dim=-1)
 
     def own(grid: Tensor) -> Tensor:
         return grid.clone(memory_format=torch.contiguous_format)
 
+    parts = [rows_sm90(packed, last - n, n) for n, last in zip(rows, itertools.accumulate(rows), strict=True)]
     return [
-        replace(packed, codes=own(c), scales=own(s), zeros=None if z is None else own(z), n=n)
-        for c, s, z, n in zip(codes, scales, zeros, rows, strict=True)
+        replace(
+            part, codes=own(part.codes), scales=own(part.scales), zeros=None if part.zeros is None else own(part.zeros)
+        )
+        for part in parts
     ]
 
 

@@ -77,7 +77,7 @@ def compile_ahead(device: Device, log: Callable[..., None]) -> None:
     _ahead.update(kinds)
     asked = [[asdict(kind.problem), kind.bias, row_counts(kind, _wanted[kind], device)] for kind in kinds]
     # a worker of vLLM is a daemon, which multiprocessing gives no children
-    command = [sys.executable, "-m", __name__, device.arch]
+    command = [sys.executable, "-m", __name__, device.name]
     done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
     if done.returncode:
         log("w4a16 compiles at first use: %s", done.stderr[-TAIL:])

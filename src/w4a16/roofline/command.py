@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..device import DEVICES, Device, known_device, product_name
+from ..device import DEVICES, Device, known_device, of_product, product_name
 from ..errors import BadInput, W4A16Error, explain_mismatch
 from .page import as_html
 from .peaks import GOLDEN, measured
@@ -64,7 +64,8 @@ def device_of(trace: Trace) -> Device | None:
     facts = trace.devices[0]
     major, minor, units = (facts.get(name, 0) for name in ("computeMajor", "computeMinor", "numSms"))
     if not trace.on_rocm:
-        return DEVICES.get(f"sm{major}{minor}")
+        device = DEVICES.get(f"sm{major}{minor}")
+        return device and of_product(device, str(facts.get("name", "")))
     found = [d for arch, d in DEVICES.items() if arch[:-1] == f"gfx{major}{minor}"]  # the stepping is not recorded
     if len(found) > 1:  # gfx1100 or gfx1101: HIP counts either CUs or pairs of them
         found = [d for d in found if d.compute_units in (units, 2 * units)]

@@ -28,6 +28,7 @@ from ..layouts import PackedWeight, pack
 from ..problem import ACT_DTYPES, Problem
 from ..roofline.model import weight_bytes
 from ..weight import QuantizedWeight
+from .table import as_run, covering_row
 from .tiles import TILES, why_illegal
 
 
@@ -72,8 +73,9 @@ def search(stem: str, weight: QuantizedWeight, m: int, act: str, tiles: Sequence
     wanted = x.float() @ weight.dequantize(torch.float32).t()
     timed, calls = [], {}
     for tile in tiles:
-        call = _call(stem, x, copies, tile)
-        refused = why_illegal(stem, tile, problem, device) or _why_wrong(call, wanted, BOUNDS[act])
+        given = as_run(tile, problem, device)
+        call = _call(stem, x, copies, given)
+        refused = why_illegal(stem, given, problem, device) or _why_wrong(call, wanted, BOUNDS[act])
         if refused:
             timed.append(Timed(problem=problem, tile=tile, seconds=float("inf"), refused=refused))
         else:
@@ -112,7 +114,8 @@ def _why_wrong(call: Callable[[int], Tensor], wanted: Tensor, bound: float) -> s
 
 def precompile(stem: str, problems: Sequence[Problem], device: Device, tiles: Sequence[Any]) -> None:
     """Compiles every tile in processes of their own, into Triton's cache: a GPU machine's cores would else idle."""
-    work = [(stem, p, device, t) for p in problems for t in tiles if why_illegal(stem, t, p, device) is None]
+    given = [(p, as_run(tile, p, device)) for p in problems for tile in tiles]
+    work = [(stem, p, device, tile) for p, tile in given if why_illegal(stem, tile, p, device) is None]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         list(pool.map(_compile_one, work))
@@ -157,26 +160,33 @@ def _tune(options: argparse.Namespace) -> None:
     where, tiles = torch.device(options.device), list(tiles_of(options.kernel, options.grid))
     batches = [int(m) for m in options.batches.split(",")]
     torch.manual_seed(0)
-    for shape in shapes_of(options.shapes):
-        shape = replace(shape, group=options.group or shape.group)
-        asym = options.zeros == "asym"
-        problems = [
-            Problem(m=m, n=shape.n, k=shape.k, group=shape.group, act=options.act, has_zeros=asym) for m in batches
-        ]
-        precompile(options.kernel, problems, current_device(where), tiles)
+    asym, here = options.zeros == "asym", current_device(where)
+    shapes = [replace(shape, group=options.group or shape.group) for shape in shapes_of(options.shapes)]
+    problems = {
+        shape: [Problem(m=m, n=shape.n, k=shape.k, group=shape.group, act=options.act, has_zeros=asym) for m in batches]
+        for shape in shapes
+    }
+    precompile(options.kernel, list(itertools.chain.from_iterable(problems.values())), here, tiles)
+    for shape, its in problems.items():
         weight = random_weight(shape, act=options.act, has_zeros=asym, device=where)
-        for m in batches:
-            found = search(options.kernel, weight, m, options.act, tiles, options.rounds)
-            _print(options.kernel, found, options.best)
+        for problem in its:
+            row = covering_row(options.kernel, problem, here)
+            today = None if row is None else row.tile
+            tried = tiles if row is None else list(dict.fromkeys([today, *tiles]))
+            found = search(options.kernel, weight, problem.m, options.act, tried, options.rounds)
+            _print(found, today, options.best)
 
 
-def _print(stem: str, found: Sequence[Timed], best: int) -> None:
+def _print(found: Sequence[Timed], today: Any, best: int) -> None:
+    """The best tiles of a point, as rows of a table would have them, and the one that the table has today."""
     p, blas = found[0].problem, next(t.seconds for t in found if t.tile is None)
     refused = [t for t in found if t.refused]
     print(f"# {p.n}x{p.k} group {p.group} M={p.m} {p.act}: BLAS {blas * 1e6:.1f} us, {len(refused)} tiles refused")
-    for t in [t for t in found if t.tile is not None and not t.refused][:best]:
+    timed = [t for t in found if t.tile is not None and not t.refused]
+    for t in [t for place, t in enumerate(timed) if place < best or t.tile == today]:
         tile = ", ".join(f"{k} = {_toml(v)}" for k, v in vars(t.tile).items())
-        print(f"#   {t.seconds * 1e6:9.1f} us, {blas / t.seconds:5.2f} x BLAS  {{ {tile} }}")
+        mark = "  today's" if t.tile == today else ""
+        print(f"#   {t.seconds * 1e6:9.1f} us, {blas / t.seconds:5.2f} x BLAS  {{ {tile} }}{mark}")
     for why in sorted({t.refused for t in refused if t.refused}):
         print(f"#   refused: {why}")
     sys.stdout.flush()

@@ -44,7 +44,8 @@ def settled(tile: Sm90DecodeTile, problem: Problem, device: Device) -> Sm90Decod
     """
     split = tile.split_k or decode_split(tile, problem, device)
     held = cdiv(cdiv(problem.n, tile.rows) * split, device.compute_units) + (split > 1)
-    return replace(tile, split_k=split, residents=held if held <= tile.residents else MOST_RESIDENTS)
+    even = held <= tile.residents < MOST_RESIDENTS  # a tile that is settled stays as it is
+    return replace(tile, split_k=split, residents=held if even else MOST_RESIDENTS)
 
 
 def decode_spare_kib(tile: Sm90DecodeTile, shared: int) -> int:

@@ -10,7 +10,7 @@ from ..layouts.sm90 import TILE
 from ..problem import Problem
 from .sm90_tiles import Sm90DecodeTile, cdiv, sm90_limit
 
-NARROW, WIDE = (1, 8, 16), (32, 64, 128)  # slots a block: by mma.sync, by wgmma
+NARROW, WIDE = (1, 8, 16), (32, 64, 96, 128)  # slots a block: by mma.sync, by wgmma
 MOST_TILES_AT_ONCE = 16  # four registers each
 
 
@@ -18,10 +18,11 @@ MOST_TILES_AT_ONCE = 16  # four registers each
 class Sm90MoeTile:
     """One program computes [block_m, 128] of a gated product, or [block_m, 256] of another, at a time.
 
-    block_m       slots a block of one expert has at most. 1: slots are not sorted. 1, 8 and 16 take mma.sync; 32, 64
-                  and 128 take wgmma, a block with fewer rows a narrower product
+    block_m       slots a block of one expert has at most. 1: slots are not sorted. 1, 8 and 16 take mma.sync; 32, 64,
+                  96 and 128 take wgmma, a block with fewer rows a narrower product
     stages        tiles of x and of codes, 64 columns each, in the ring (wgmma)
     residents     programs an SM holds at a time (wgmma)
+    warpgroups    of consumers (wgmma): 2 of two tiles of W each, or 4 of one, which hold up to 96 rows
     gemm1, gemm2  the tiles of mma.sync
     parts         for blocks of 1 in gated layers without act-order: warps that share K of gemm1, in programs that
                   ask for all of their codes at their start (sm90_moe_few); 0: gemm1 and gemm2 serve these too
@@ -30,6 +31,7 @@ class Sm90MoeTile:
     block_m: int
     stages: int = 6
     residents: int = 1
+    warpgroups: int = 2
     gemm1: Sm90DecodeTile | None = None
     gemm2: Sm90DecodeTile | None = None
     parts: int = 0
@@ -65,6 +67,9 @@ def sm90_moe_limit(tile: Sm90MoeTile, problem: Problem, device: Device) -> str |
         return f"stages must be at least 2, not {tile.stages}"
     if tile.residents != 1 and (tile.residents, tile.block_m) != (2, 32):
         return f"residents must be 1, or 2 for blocks of 32, not {tile.residents} for blocks of {tile.block_m}"
+    blocks = {2: (32, 64, 128), 4: (32, 64, 96)}.get(tile.warpgroups, ())
+    if tile.block_m not in blocks or (tile.warpgroups, tile.residents) == (4, 2):
+        return f"warpgroups must be 2, or 4 for blocks of up to 96, not {tile.warpgroups} for blocks of {tile.block_m}"
     shared = sm90_moe_shared_bytes(tile) * tile.residents
     return None if shared <= device.shared_bytes else f"{shared} bytes of shared memory, not {device.shared_bytes}"
 
@@ -79,7 +84,12 @@ def _few_limit(tile: Sm90MoeTile, problem: Problem) -> str | None:
 
 
 def sm90_moe_shared_bytes(tile: Sm90MoeTile) -> int:
-    """The ring (x, codes, scales and zero points of groups of 32, barriers) and the output on its way out in fp32."""
+    """The ring (x, codes, scales and zero points of groups of 32, barriers) and the output on its way out in fp32.
+
+    With four warpgroups, gated, that is two tiles in the activation's dtype and their two up tiles in fp32.
+    """
+    room = 1 << (tile.block_m - 1).bit_length()
     weight = TILE * TILE // 2 + 2 * TILE * 3
-    stage = 2 * TILE * tile.block_m + 4 * weight + 16
-    return tile.stages * stage + 8 * TILE * tile.block_m + 1024
+    stage = 2 * TILE * room + 4 * weight + 16
+    out = 8 * TILE * room if tile.warpgroups == 2 else max(12 * TILE * room, 16 * TILE * min(room, TILE))
+    return tile.stages * stage + out + 1024

@@ -25,6 +25,8 @@ class Sm90DecodeTile:
     ring       slabs of that ring: one is read while the others are on their way
     residents  programs an SM holds at a time by the registers they take; settled: the most it may hold
     registers  the most a thread may have; 0: as many as the compiler likes
+    early      a tile that takes another's place is asked for before that one's product: sooner, for more registers
+    l2_ahead   tiles after those on their way are asked into the L2 cache
     """
 
     warps: int = 4
@@ -35,6 +37,8 @@ class Sm90DecodeTile:
     ring: int = 3
     residents: int = 5
     registers: int = 0
+    early: bool = False
+    l2_ahead: bool = False
 
     @property
     def rows(self) -> int:
@@ -54,6 +58,8 @@ class Sm90PrefillTile:
     split_k     parts of K; 0: as many as end first (`sm90_us`)
     paired      two parts, added by the two programs of a cluster; else a second launch adds them
     step_ns     measured: 64 columns of K, on every SM
+    rest        the tile of a second launch, for the rows of W past first_n, or those of x past first_m: where all in
+                one would leave many SMs of the last wave without a program; None: there is one launch
     """
 
     block_m: int
@@ -66,6 +72,9 @@ class Sm90PrefillTile:
     split_k: int = 0
     paired: bool = False
     step_ns: float = 0.0
+    first_n: int = 0
+    first_m: int = 0
+    rest: Sm90PrefillTile | None = None
 
 
 # Of the time of a launch, fitted to 412 measurements (docs/measured.md, #7): microseconds, and per byte of the parts.
@@ -145,7 +154,17 @@ def sm90_limit(tile: Sm90DecodeTile | Sm90PrefillTile, problem: Problem, device:
         return f"its instructions are those of sm90; this is {device.arch}"
     if tile.split_k < 1:
         return "split_k is settled by tuning rows alone: give a number of parts"
-    return _decode_limit(tile, problem, device) if isinstance(tile, Sm90DecodeTile) else _prefill_limit(tile, device)
+    if isinstance(tile, Sm90DecodeTile):
+        return _decode_limit(tile, problem, device)
+    if tile.rest is None:
+        return _prefill_limit(tile, device)
+    if (tile.first_n == 0) == (tile.first_m == 0):
+        return f"first_n or first_m is the first launch's: {tile.first_n} and {tile.first_m}"
+    if not 0 <= tile.first_n < problem.n or tile.first_n % TILE:
+        return f"first_n must be a multiple of {TILE} less than n ({problem.n}), not {tile.first_n}"
+    if not 0 <= tile.first_m < problem.m:
+        return f"first_m must be less than m ({problem.m}), not {tile.first_m}"
+    return _prefill_limit(tile, device) or sm90_limit(tile.rest, problem, device)
 
 
 def _decode_limit(tile: Sm90DecodeTile, problem: Problem, device: Device) -> str | None:

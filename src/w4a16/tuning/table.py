@@ -1,6 +1,7 @@
 """Reads a device's tuning rows; the first that covers the problem wins. A missing row is an error, not a guess.
 
-A device's rows are those of its own table (gfx1151.toml), then its family's (gfx11.toml), then `any`. One row:
+A device's rows are those of its product's table where it has one (h200.toml), then those of its architecture
+(gfx1151.toml), of its family (gfx11.toml), and `any`. One row:
 
     [[triton_prefill]]
     m_max = 1024                      # conditions, all of which must hold; none: it covers everything
@@ -28,7 +29,8 @@ from ..device import Device
 from ..errors import Unsupported
 from ..problem import Problem
 from .sm90_decode_tiles import settled
-from .sm90_tiles import Sm90DecodeTile, Sm90PrefillTile, prefill_choices, sm90_us
+from .sm90_tiles import Sm90DecodeTile, Sm90PrefillTile
+from .sm90_waves import fastest
 from .tiles import TILES
 
 _CONDITIONS: dict[str, Callable[[Any, Problem, Device], bool]] = {
@@ -105,7 +107,7 @@ def rows_of(table: str) -> tuple[TuningRow, ...]:
 @functools.cache
 def device_rows(stem: str, device: Device) -> tuple[TuningRow, ...]:
     """The rows of kernel `stem` that a device reads, in the order it reads them."""
-    tables = dict.fromkeys((device.arch, device.family, "any"))
+    tables = dict.fromkeys((device.name, device.arch, device.family, "any"))
     return tuple(row for table in tables for row in rows_of(table) if row.stem == stem)
 
 
@@ -113,15 +115,18 @@ def covering_row(stem: str, problem: Problem, device: Device) -> TuningRow | Non
     """The first row of kernel `stem` that covers the problem, None when there is none; for Hopper's prefill the row
     that a model of its time finds fastest. A split of K that the row leaves open is settled here.
     """
-    rows = (row for row in device_rows(stem, device) if row.covers(problem, device))
-    first = next(rows, None)
+    rows = device_rows(stem, device)
+    first = next((row for row in rows if row.covers(problem, device)), None)
     if first is not None and isinstance(first.tile, Sm90DecodeTile):
-        return first.with_tile(settled(first.tile, problem, device))
+        return first.with_tile(as_run(first.tile, problem, device))
     if first is None or not isinstance(first.tile, Sm90PrefillTile) or first.tile.split_k:
         return first
-    choices = ((row, tile) for row in (first, *rows) for tile in prefill_choices(row.tile, problem, device))
-    row, tile = min(choices, key=lambda choice: sm90_us(choice[1], problem, device))
-    return row.with_tile(tile)
+    return fastest(rows, problem, device)
+
+
+def as_run(tile: Any, problem: Problem, device: Device) -> Any:
+    """The tile of a row as the kernel gets it: in Hopper's decode what follows from the problem is settled."""
+    return settled(tile, problem, device) if isinstance(tile, Sm90DecodeTile) else tile
 
 
 def row_for(stem: str, problem: Problem, device: Device) -> TuningRow:
