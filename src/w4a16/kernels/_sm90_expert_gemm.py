@@ -18,7 +18,7 @@ from ..layouts.sm90 import TILE, TILE_WORDS
 from ..tuning.sm90_tiles import group_of_tiles
 from ._launch import Launch
 from ._sm90 import cluster_barrier, operand
-from ._sm90_stream import beside_sums, chunk_of, halves
+from ._sm90_stream import beside_sums, chunk_of, groups_of_trip, halves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +148,7 @@ def ask_rows(
     DEPTH: gl.constexpr,
     HALVES: gl.constexpr,
 ):
-    """Starts copying what the groups of a trip have for each row: one line of the slab for the tiles that share it, or
-    two for a tile of two groups; zeros past the end."""
+    """Starts copying what the groups of a trip have for each row, in lines of `groups_of_trip`; zeros past the end."""
     block_n, width, first, tile, tiles = here
     CHUNK: gl.constexpr = chunk_of(GROUP, DEPTH)
     COLUMNS: gl.constexpr = slab.shape[1]
@@ -158,12 +157,7 @@ def ask_rows(
     line = gl.expand_dims(gl.arange(0, slab.shape[0], gl.SliceLayout(1, layout)), 1)
     column = gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(0, layout)), 0)
     row = block_n * HALF + column % HALF + column // HALF * width
-    if GROUP == 32:
-        mine = tile + line // 2
-        group = (first + tile) * 2 + line
-    else:
-        mine = tile + line * CHUNK
-        group = (((first + mine) * 64).to(gl.uint32) // GROUP).to(gl.int32)
+    mine, group = groups_of_trip(line, first, tile, GROUP, CHUNK)
     copy_to_shared(slab, grid_ptr + group * stride + row, mask=(mine < tiles) & (row < stride))
 
 

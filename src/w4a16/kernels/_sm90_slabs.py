@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 
 from ..compat import copy_to_shared, reinterpreted
 from ._sm90 import rows_layout
+from ._sm90_stream import groups_of_trip
 
 
 @gluon.jit
@@ -63,8 +64,7 @@ def ask_groups(
     PARTS: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """Starts copying what the groups of a trip have for each row: one line of the slab for CHUNK tiles, or two for a
-    tile of two groups; zeros past the end of K."""
+    """Starts copying what the groups of a trip have for each row, in lines of `groups_of_trip`; zeros past the end."""
     COLUMNS: gl.constexpr = scale_slabs.shape[2]
     ROWS: gl.constexpr = COLUMNS // PARTS
     layout: gl.constexpr = _asked_layout(COLUMNS, WARPS)
@@ -72,12 +72,7 @@ def ask_groups(
     column = gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(0, layout)), 0)
     row = column % ROWS
     first = (part + column // ROWS) * share
-    if GROUP == 32:
-        mine = tile + line // 2
-        group = (first + tile) * 2 + line
-    else:
-        mine = tile + line * CHUNK
-        group = (((first + mine) * 64).to(gl.uint32) // GROUP).to(gl.int32)
+    mine, group = groups_of_trip(line, first, tile, GROUP, CHUNK)
     at = group * stride + row
     here = (mine < share) & (first + mine < tiles) & (row < rows)
     copy_to_shared(scale_slabs.index(slab), scales_ptr + at, mask=here)

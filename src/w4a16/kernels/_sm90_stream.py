@@ -26,6 +26,19 @@ def words_of(codes_at, i: gl.constexpr, left):
 
 
 @gluon.jit
+def groups_of_trip(line, first, tile, GROUP: gl.constexpr, CHUNK: gl.constexpr):
+    """Of the lines that a trip has in shared memory, one for CHUNK tiles or two for a tile of two groups: the tile of
+    the part, and the group. first: the part's first tile; tile: the trip's first one in it."""
+    if GROUP == 32:
+        mine = tile + line // 2
+        group = (first + tile) * 2 + line
+    else:
+        mine = tile + line * CHUNK
+        group = (((first + mine) * 64).to(gl.uint32) // GROUP).to(gl.int32)
+    return mine, group
+
+
+@gluon.jit
 def ask_l2(codes_at, i, left):
     """Asks the L2 cache for tile i from here on: no register waits for it."""
     gl.inline_asm_elementwise(
