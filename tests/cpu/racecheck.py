@@ -26,6 +26,7 @@ _OTHER = re.compile(rf"^=========     and {_ACCESS}")
 _SUMMARY = re.compile(r"^========= RACECHECK SUMMARY: (\d+) hazards? displayed")
 _LINE = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@(!?U?P\w+)\s+)?(.*?)\s*;|^(\.L_x_\d+):", re.MULTILINE)
 _STOPS = re.compile(r"label|BAR|BR|B?SYNC|CALL|RET|EXIT|LD[^C]|ST|ATOM|RED\.|UTMA|UBLKCP|MEMBAR|FENCE")
+_SHARED = re.compile(r"(LDS|STS)[ .]")
 _OFFSET = re.compile(r"\+(-?)0x([0-9a-f]+)\]")
 _WAIT = re.compile(r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT (P\d), ")
 _BRANCH = re.compile(r"BRA `\((\.L_x_\d+)\)")
@@ -103,12 +104,13 @@ def words(sass: str) -> list[frozenset[Access]]:
     """The accesses that each pair of mbarriers orders, of one kernel's machine code.
 
     A write waits for one and arrives at the other, a read the other way round; each has a barrier of its warpgroup
-    between access and arrival, and nothing else on the way that orders, jumps or touches memory.
+    between access and arrival, and on the way nothing but other accesses to shared memory that orders, jumps or
+    touches memory.
     """
     code = _read(sass)
     found: dict[tuple[int, int], set[Access]] = {}  # by the mbarriers at which writes and reads arrive
     for i, each in enumerate(code):
-        if not each.text.startswith(("LDS ", "STS ")) or each.guard:
+        if not _SHARED.match(each.text) or each.guard:
             continue
         waited, arrived = _waited(code, i), _arrived(code, i)
         if waited is not None and arrived is not None:
@@ -131,7 +133,7 @@ def _waited(code: list[_Instruction], i: int) -> int | None:
             labels.append(each.text.split()[1])
         elif _BRANCH.match(each.text):
             jumps.add(each.guard)
-        elif _STOPS.match(each.text):
+        elif _STOPS.match(each.text) and not _SHARED.match(each.text):
             return None
     return None
 
@@ -139,12 +141,20 @@ def _waited(code: list[_Instruction], i: int) -> int | None:
 def _arrived(code: list[_Instruction], i: int) -> int | None:
     """The mbarrier at which a thread arrives after instruction i and a barrier of its warpgroup, likewise."""
     passed = False
-    for each in code[i + 1 :]:
+    for k, each in enumerate(code[i + 1 :], i + 1):
         if _WARPGROUP.match(each.text) and not each.guard:
             passed = True
-        elif _STOPS.match(each.text):
+        elif _STOPS.match(each.text) and not _SHARED.match(each.text) and not _skips_arrival(code, k):
             return _offset(each.text) if passed and each.text.startswith("SYNCS.ARRIVE") else None
     return None
+
+
+def _skips_arrival(code: list[_Instruction], k: int) -> bool:
+    """Whether instruction k is where all threads but one jump over an arrival, which has no predicate then."""
+    jump = _BRANCH.match(code[k].text)
+    if not jump or not code[k].guard:
+        return False
+    return code[k + 1].text.startswith("SYNCS.ARRIVE") and code[k + 2].text == f"label {jump[1]}"
 
 
 def _read(sass: str) -> list[_Instruction]:

@@ -83,25 +83,14 @@ def _sm90_decode(
     ROWS: gl.constexpr = 16 * WARPS // PARTS
     GROUPS: gl.constexpr = groups_a_tile(GROUP)
     CHUNK: gl.constexpr = chunk_of(GROUP, DEPTH)
-    CHUNKS: gl.constexpr = TILES // CHUNK
     LINES: gl.constexpr = DEPTH // CHUNK * GROUPS  # of scales, a trip
-    flat_a: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8]), 2)
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [PARTS, WARPS // PARTS, 1], [1, 16, 8])
-    a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    b_layout: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     let_the_next_kernel_start()
     block = gl.program_id(0) // SPLIT
     split = gl.program_id(0) % SPLIT
     tiles = (K + 63) >> 6
 
-    layout: gl.constexpr = words_layout(WARPS)
-    y = gl.expand_dims(gl.arange(0, 4 * WARPS, gl.SliceLayout(1, layout)), 1)
-    word = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, layout)), 0)
-    first = (split * PARTS + y // (ROWS // 4)) * share
-    left = gl.minimum(tiles - first, share)
-    row = block * (ROWS // 4) + y % (ROWS // 4)
-    tile_row = gl.minimum(row >> 4, (scales_stride >> 6) - 1).to(gl.int64)
-    codes_at = codes_ptr + (tile_row * codes_stride + first * 512 + (row & 15) * 32 + word)
+    left, codes_at = _codes_at(codes_ptr, block, split * PARTS, share, tiles, codes_stride, scales_stride, ROWS, WARPS)
     flat: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, [1, 0])
     scale_slabs = gl.allocate_shared_memory(DTYPE, [SLABS, LINES, PARTS * ROWS], flat)
     scales_ptr += block * ROWS
@@ -124,12 +113,8 @@ def _sm90_decode(
     shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
     x_slabs = gl.allocate_shared_memory(DTYPE, [SLABS, PARTS, BLOCK_M, 64 * DEPTH], shared)
     x_layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 1, 32], [PARTS, WARPS // PARTS, 1], [2, 1, 0])
-    p = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, x_layout)))
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(2, x_layout)))
-    k = gl.arange(0, 64 * DEPTH, gl.SliceLayout(0, gl.SliceLayout(1, x_layout)))
-    begin = (split * PARTS + gl.expand_dims(gl.expand_dims(p, 1), 2)) * (share * 64)
-    m = gl.expand_dims(gl.expand_dims(m, 0), 2)
-    k = gl.expand_dims(gl.expand_dims(k, 0), 1)
+    p, m, k = _places(PARTS, BLOCK_M, 64 * DEPTH, x_layout)
+    begin = (split * PARTS + p) * (share * 64)
     columns = gl.minimum(K - begin, share * 64)
     x_at = m * x_stride + begin + k
     keep_shared_memory(SPARE)
@@ -151,36 +136,9 @@ def _sm90_decode(
         xs = x_slabs.index(slab)
         codes_at += DEPTH * 512
         left -= DEPTH
-        for c in gl.static_range(CHUNKS):
-            scale = of_chunk(scale_slabs.index(slab), c, GROUPS, WARPS)
-            if zeros_ptr is not None:
-                zero = zeros_of_chunk(zero_slabs.index(slab), c, DTYPE, GROUPS, WARPS)
-            else:
-                zero = zero_lanes(gl.full(scale.shape, 8, gl.int32, scale.type.layout), DTYPE)
-            part = gl.zeros([PARTS, ROWS, BLOCK_M], gl.float32, mma)
-            for i in gl.static_range(c * CHUNK, (c + 1) * CHUNK):
-                pairs = centred(words[i], zero, DTYPE, WARPS)
-                words = put(words, i, words_of(codes_at, i, left))
-                if L2_AHEAD:
-                    ask_l2(codes_at, i + DEPTH, left)
-                if EARLY and (BLOCK_M == 8 or i % 2 == 1):
-                    keep_loads_in_order()
-                if GROUPS == 1:
-                    w = of_parts(operand(pairs, None, DTYPE, WARPS, flat_a), PARTS, a_layout)
-                    part = mma_v2(w, xs.slice(i * 64, 64, 2).permute((0, 2, 1)).load(b_layout), part)
-                else:
-                    near, far = halves(pairs, DTYPE, WARPS, flat_a)
-                    near_scale, far_scale = gl.split(scale.permute([0, 1, 3, 2]))
-                    near_x = xs.slice(i * 64, 32, 2).permute((0, 2, 1)).load(b_layout)
-                    far_x = xs.slice(i * 64 + 32, 32, 2).permute((0, 2, 1)).load(b_layout)
-                    near_sum = mma_v2(of_parts(near, PARTS, a_layout), near_x, part)
-                    far_sum = mma_v2(of_parts(far, PARTS, a_layout), far_x, part)
-                    acc += near_sum * beside_parts(near_scale, WARPS, PARTS, mma)
-                    acc += far_sum * beside_parts(far_scale, WARPS, PARTS, mma)
-                if i % 2 == 1 and not EARLY:
-                    keep_loads_in_order()
-            if GROUPS == 1:
-                acc += part * beside_parts(scale, WARPS, PARTS, mma)
+        acc, words = _multiplied_trip(
+            acc, words, codes_at, left, xs, scale_slabs, zero_slabs, slab, GROUP, CHUNK, DEPTH, WARPS, EARLY, L2_AHEAD
+        )
         if not WHOLE:
             workgroup_barrier()
             coming = trip + SLABS
@@ -195,24 +153,103 @@ def _sm90_decode(
     sums: gl.constexpr = total.type.layout
     n = gl.arange(0, ROWS, gl.SliceLayout(1, sums))
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, sums))
-    if SPLIT == 1:
-        _store(out_ptr, bias_ptr, total, block * ROWS + n, m, M, N, out_stride)
-    else:
-        SIZE: gl.constexpr = ROWS * BLOCK_M
-        at = gl.expand_dims(n, 1) * BLOCK_M + gl.expand_dims(m, 0)
-        here = gl.expand_dims(m, 0) < M + gl.expand_dims(n * 0, 1)
-        gl.store(parts_ptr + gl.program_id(0) * SIZE + at, total, mask=here)
-        cluster_barrier()
-        MINE: gl.constexpr = ROWS // SPLIT
-        mine: gl.constexpr = gl.BlockedLayout([1, 1], [32 // BLOCK_M, BLOCK_M], [WARPS, 1], [1, 0])
-        n = split * MINE + gl.arange(0, MINE, gl.SliceLayout(1, mine))
-        m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, mine))
-        at = parts_ptr + block * (SPLIT * SIZE) + gl.expand_dims(n, 1) * BLOCK_M + gl.expand_dims(m, 0)
-        here = gl.expand_dims(m, 0) < M + gl.expand_dims(n * 0, 1)
-        total = gl.zeros([MINE, BLOCK_M], gl.float32, mine)
-        for i in gl.static_range(SPLIT):
-            total += gl.load(at + i * SIZE, mask=here, other=0.0, cache_modifier=".cg")
-        _store(out_ptr, bias_ptr, total, block * ROWS + n, m, M, N, out_stride)
+    if SPLIT > 1:
+        total, n, m = _cluster_total(parts_ptr, total, n, m, block, split, M, WARPS, SPLIT)
+    _store(out_ptr, bias_ptr, total, block * ROWS + n, m, M, N, out_stride)
+
+
+@gluon.jit
+def _codes_at(
+    codes_ptr, block, first_part, share, tiles, stride, rows, ROWS: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
+    """How many tiles each warp's part of K has, and the words of its rows in the first of them."""
+    layout: gl.constexpr = words_layout(WARPS)
+    y = gl.expand_dims(gl.arange(0, 4 * WARPS, gl.SliceLayout(1, layout)), 1)
+    word = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, layout)), 0)
+    first = (first_part + y // (ROWS // 4)) * share
+    left = gl.minimum(tiles - first, share)
+    row = block * (ROWS // 4) + y % (ROWS // 4)
+    tile_row = gl.minimum(row >> 4, (rows >> 6) - 1).to(gl.int64)
+    codes_at = codes_ptr + (tile_row * stride + first * 512 + (row & 15) * 32 + word)
+    return left, codes_at
+
+
+@gluon.jit
+def _places(PARTS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
+    """The part, the row and the column of each element of [PARTS, ROWS, COLUMNS]."""
+    p = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    m = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    k = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    p = gl.expand_dims(gl.expand_dims(p, 1), 2)
+    return p, gl.expand_dims(gl.expand_dims(m, 0), 2), gl.expand_dims(gl.expand_dims(k, 0), 1)
+
+
+@gluon.jit
+def _multiplied_trip(
+    acc, words, codes_at, left, xs, scale_slabs, zero_slabs, slab, GROUP: gl.constexpr, CHUNK: gl.constexpr,
+    DEPTH: gl.constexpr, WARPS: gl.constexpr, EARLY: gl.constexpr, L2_AHEAD: gl.constexpr,
+):  # fmt: skip
+    """acc with the products of the tiles that are here, and the words of the next trip, asked for."""
+    DTYPE: gl.constexpr = xs.dtype
+    GROUPS: gl.constexpr = groups_a_tile(GROUP)
+    PARTS: gl.constexpr = acc.shape[0]
+    mma: gl.constexpr = acc.type.layout
+    flat_a: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8]), 2)
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    b_layout: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    for c in gl.static_range(len(words) // CHUNK):
+        scale = of_chunk(scale_slabs.index(slab), c, GROUPS, WARPS)
+        if zero_slabs is not None:
+            zero = zeros_of_chunk(zero_slabs.index(slab), c, DTYPE, GROUPS, WARPS)
+        else:
+            zero = zero_lanes(gl.full(scale.shape, 8, gl.int32, scale.type.layout), DTYPE)
+        part = gl.zeros(acc.shape, gl.float32, mma)
+        for i in gl.static_range(c * CHUNK, (c + 1) * CHUNK):
+            pairs = centred(words[i], zero, DTYPE, WARPS)
+            words = put(words, i, words_of(codes_at, i, left))
+            if L2_AHEAD:
+                ask_l2(codes_at, i + DEPTH, left)
+            if EARLY and (acc.shape[2] == 8 or i % 2 == 1):
+                keep_loads_in_order()
+            if GROUPS == 1:
+                w = of_parts(operand(pairs, None, DTYPE, WARPS, flat_a), PARTS, a_layout)
+                part = mma_v2(w, xs.slice(i * 64, 64, 2).permute((0, 2, 1)).load(b_layout), part)
+            else:
+                near, far = halves(pairs, DTYPE, WARPS, flat_a)
+                near_scale, far_scale = gl.split(scale.permute([0, 1, 3, 2]))
+                near_x = xs.slice(i * 64, 32, 2).permute((0, 2, 1)).load(b_layout)
+                far_x = xs.slice(i * 64 + 32, 32, 2).permute((0, 2, 1)).load(b_layout)
+                near_sum = mma_v2(of_parts(near, PARTS, a_layout), near_x, part)
+                far_sum = mma_v2(of_parts(far, PARTS, a_layout), far_x, part)
+                acc += near_sum * beside_parts(near_scale, WARPS, PARTS, mma)
+                acc += far_sum * beside_parts(far_scale, WARPS, PARTS, mma)
+            if i % 2 == 1 and not EARLY:
+                keep_loads_in_order()
+        if GROUPS == 1:
+            acc += part * beside_parts(scale, WARPS, PARTS, mma)
+    return acc, words
+
+
+@gluon.jit
+def _cluster_total(parts_ptr, sums, n, m, block, split, M, WARPS: gl.constexpr, SPLIT: gl.constexpr):
+    """A program's share of the rows of `sums` [ROWS, BLOCK_M], added up over its cluster, and where these stand."""
+    ROWS: gl.constexpr = sums.shape[0]
+    BLOCK_M: gl.constexpr = sums.shape[1]
+    SIZE: gl.constexpr = ROWS * BLOCK_M
+    at = gl.expand_dims(n, 1) * BLOCK_M + gl.expand_dims(m, 0)
+    here = gl.expand_dims(m, 0) < M + gl.expand_dims(n * 0, 1)
+    gl.store(parts_ptr + gl.program_id(0) * SIZE + at, sums, mask=here)
+    cluster_barrier()
+    MINE: gl.constexpr = ROWS // SPLIT
+    mine: gl.constexpr = gl.BlockedLayout([1, 1], [32 // BLOCK_M, BLOCK_M], [WARPS, 1], [1, 0])
+    n = split * MINE + gl.arange(0, MINE, gl.SliceLayout(1, mine))
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, mine))
+    at = parts_ptr + block * (SPLIT * SIZE) + gl.expand_dims(n, 1) * BLOCK_M + gl.expand_dims(m, 0)
+    here = gl.expand_dims(m, 0) < M + gl.expand_dims(n * 0, 1)
+    total = gl.zeros([MINE, BLOCK_M], gl.float32, mine)
+    for i in gl.static_range(SPLIT):
+        total += gl.load(at + i * SIZE, mask=here, other=0.0, cache_modifier=".cg")
+    return total, n, m
 
 
 @gluon.jit

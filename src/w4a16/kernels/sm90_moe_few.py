@@ -67,6 +67,60 @@ def _expert_of(expert_ptr, slot, part, SUMMED: gl.constexpr, TOP_K: gl.constexpr
 
 
 @gluon.jit
+def _ask_x(xs, x_at, here, k, K):
+    """Starts copying the columns of x from k on, slab by slab."""
+    for i in gl.static_range(len(xs)):
+        ahead: gl.constexpr = i * xs[i].shape[1]
+        copy_to_shared(xs[i], x_at + ahead, mask=here & (k + ahead < K))
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _products(
+    words, scales, zeros, xs, DTYPE: gl.constexpr, GROUPS: gl.constexpr, CHUNK: gl.constexpr, WARPS: gl.constexpr,
+    STREAMS: gl.constexpr,
+):  # fmt: skip
+    """Of each stream's rows, and of all columns, of which a warp's own counts.
+
+    words  of each tile, stream by stream; scales and zeros of each chunk, likewise
+    xs     in shared memory, slabs of a row for each column
+    """
+    SLAB: gl.constexpr = xs[0].shape[1] // 64  # tiles
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    b_layout: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    eights = gl.full([WARPS, 8, GROUPS, 2], 8, gl.int32, rows_layout(WARPS, GROUPS))
+    accs = ()
+    for _ in gl.static_range(STREAMS):
+        accs = accs + (gl.zeros([16 * WARPS, COLUMNS], gl.float32, mma),)
+    for c in gl.static_range(len(words) // STREAMS // CHUNK):
+        parts = ()
+        for _ in gl.static_range(STREAMS):
+            parts = parts + (gl.zeros([16 * WARPS, COLUMNS], gl.float32, mma),)
+        for i in gl.static_range(c * CHUNK, (c + 1) * CHUNK):
+            x = columns_of(xs[i // SLAB], i % SLAB * 64, GROUPS, b_layout)
+            for s in gl.static_range(STREAMS):
+                zero = zero_lanes(zeros[c * STREAMS + s] if len(zeros) else eights, DTYPE)
+                pairs = centred(words[i * STREAMS + s], zero, DTYPE, WARPS)
+                codes = operands(pairs, GROUPS, DTYPE, WARPS, a_layout)
+                acc, part = multiplied(accs[s], parts[s], codes, x, scales[c * STREAMS + s], GROUPS, WARPS, mma)
+                accs, parts = put(accs, s, acc), put(parts, s, part)
+        if GROUPS == 1:
+            for s in gl.static_range(STREAMS):
+                accs = put(accs, s, accs[s] + parts[s] * beside_sums(scales[c * STREAMS + s], WARPS, mma))
+    return accs
+
+
+@gluon.jit
+def _own_column(acc, WARPS: gl.constexpr):
+    """[16 * WARPS]: of each row of sums, the column that is its warp's."""
+    mma: gl.constexpr = acc.type.layout
+    warp = gl.expand_dims(gl.arange(0, 16 * WARPS, gl.SliceLayout(1, mma)) // 16, 1)
+    mine = warp == gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(0, mma)), 0)
+    return gl.sum(gl.where(mine, acc, 0.0), 1)
+
+
+@gluon.jit
 def _sm90_moe_few(
     out_ptr,  # [slots, N or N/2]; SUMMED: [tokens, N]
     x_ptr,  # [slots / TOP_K, K]; EARLY: [slots, K]
@@ -99,8 +153,6 @@ def _sm90_moe_few(
     GROUPS: gl.constexpr = groups_a_tile(GROUP)
     CHUNK: gl.constexpr = _chunk(GROUP, TILES)
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
-    a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    b_layout: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     if not EARLY:
         wait_for_the_kernel_before()
         let_the_next_kernel_start()
@@ -140,9 +192,7 @@ def _sm90_moe_few(
         k += part * (TILES * 64)
         x_at = x_ptr + (slot if EARLY else slot // TOP_K).to(gl.int64) * x_stride + k
     if not EARLY:
-        for i in gl.static_range(TILES // SLAB):
-            copy_to_shared(xs[i], x_at + i * 64 * SLAB, mask=has_x & (k + i * 64 * SLAB < K))
-        async_copy.commit_group()
+        _ask_x(xs, x_at, has_x, k, K)
 
     # No branch where there is no work: addresses are computed while ids come.
     served = (expert >= 0) & (expert < EXPERTS)
@@ -173,46 +223,24 @@ def _sm90_moe_few(
 
     if not EARLY:
         keep_loads_in_order()  # ptxas waits for x before it asks for codes else
-    eights = gl.full([WARPS, 8, GROUPS, 2], 8, gl.int32, rows_layout(WARPS, GROUPS))
     row = gl.arange(0, 16 * WARPS, gl.SliceLayout(1, mma))
     if SUMMED and shares_ptr is not None:
         share = gl.load(shares_ptr + slot * TOP_K + row // 16, mask=row // 16 < TOP_K, other=0.0).to(gl.float32)
     if EARLY:
         wait_for_the_kernel_before()
         let_the_next_kernel_start()
-        for i in gl.static_range(TILES // SLAB):
-            copy_to_shared(xs[i], x_at + i * 64 * SLAB, mask=has_x & (k + i * 64 * SLAB < K))
-        async_copy.commit_group()
+        _ask_x(xs, x_at, has_x, k, K)
     async_copy.wait_group(0)
     workgroup_barrier()
 
-    accs = ()
-    for _ in gl.static_range(STREAMS):
-        accs = accs + (gl.zeros([16 * WARPS, COLUMNS], gl.float32, mma),)
-    for c in gl.static_range(TILES // CHUNK):
-        parts = ()
-        for _ in gl.static_range(STREAMS):
-            parts = parts + (gl.zeros([16 * WARPS, COLUMNS], gl.float32, mma),)
-        for i in gl.static_range(c * CHUNK, (c + 1) * CHUNK):
-            x = columns_of(xs[i // SLAB], i % SLAB * 64, GROUPS, b_layout)
-            for s in gl.static_range(STREAMS):
-                zero = zero_lanes(eights if zeros_ptr is None else zeros[c * STREAMS + s], DTYPE)
-                pairs = centred(words[i * STREAMS + s], zero, DTYPE, WARPS)
-                codes = operands(pairs, GROUPS, DTYPE, WARPS, a_layout)
-                acc, part = multiplied(accs[s], parts[s], codes, x, scales[c * STREAMS + s], GROUPS, WARPS, mma)
-                accs, parts = put(accs, s, acc), put(parts, s, part)
-        if GROUPS == 1:
-            for s in gl.static_range(STREAMS):
-                accs = put(accs, s, accs[s] + parts[s] * beside_sums(scales[c * STREAMS + s], WARPS, mma))
-
-    mine = gl.expand_dims(row // 16, 1) == gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(0, mma)), 0)
+    accs = _products(words, scales, zeros, xs, DTYPE, GROUPS, CHUNK, WARPS, STREAMS)
+    sums = ()
     for s in gl.static_range(STREAMS):
-        total = gl.sum(gl.where(mine, accs[s], 0.0), 1)
+        total = _own_column(accs[s], WARPS)
         if SUMMED and shares_ptr is not None:
             total *= share
         rooms[s].store(total.reshape([WARPS, 16]))
     of_warps: gl.constexpr = gl.BlockedLayout([WARPS, 1], [1, 32], [1, WARPS], [1, 0])
-    sums = ()
     for s in gl.static_range(STREAMS):
         total = gl.sum(rooms[s].load(of_warps), 0)
         if shares_ptr is not None and not SUMMED:
