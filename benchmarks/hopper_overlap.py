@@ -40,6 +40,11 @@ REGISTERS = gl.constexpr(8)  # of a thread, one chain of instructions each
 OUT = 1 << 21  # words
 
 
+def text_of(kind: str) -> str:
+    """Of $1, by as many instructions of that kind as a register takes a turn, in PTX."""
+    return f"{{ .reg .b32 t; mov.b32 t, $1; {KINDS[kind] * REPEATED} mov.b32 $0, t; }}"
+
+
 @gluon.jit
 def _issue(out_ptr, turns, w: gl.constexpr, TEXT: gl.constexpr):
     i = gl.arange(0, 128 * REGISTERS, gl.BlockedLayout([REGISTERS], [32], [4], [0]))
@@ -113,11 +118,10 @@ def main() -> None:
     for columns in map(int, given.columns.split(",")):
         products = 2000 * 64 // columns
         print(f"64 x {columns} x 64 products; hidden with W from registers, from shared memory")
-        for name, instruction in KINDS.items():
-            text = f"{{ .reg .b32 t; mov.b32 t, $1; {instruction * REPEATED} mov.b32 $0, t; }}"
+        for name in KINDS:
             hidden = []
             for of_registers in (True, False):
-                kind = {"TEXT": text, "COLUMNS": columns, "OF_REGISTERS": of_registers}
+                kind = {"TEXT": text_of(name), "COLUMNS": columns, "OF_REGISTERS": of_registers}
                 alone = microseconds(out, products, 0, **kind)
                 turns = round(1000 * alone / microseconds(out, 0, 1000, **kind))
                 issued, both = microseconds(out, 0, turns, **kind), microseconds(out, products, turns, **kind)

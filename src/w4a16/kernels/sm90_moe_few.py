@@ -70,7 +70,7 @@ def _expert_of(expert_ptr, slot, part, SUMMED: gl.constexpr, TOP_K: gl.constexpr
 def _ask_x(xs, x_at, here, k, K):
     """Starts copying the columns of x from k on, slab by slab."""
     for i in gl.static_range(len(xs)):
-        ahead: gl.constexpr = i * xs[i].shape[1]
+        ahead = i * xs[i].shape[1]
         copy_to_shared(xs[i], x_at + ahead, mask=here & (k + ahead < K))
     async_copy.commit_group()
 
