@@ -74,6 +74,8 @@ def main() -> int:
     parser.add_argument("--stems", default="", help="kernels, comma-separated; control: `partitions` and `words`")
     parser.add_argument("--keep", type=Path, help="a folder for what the tools printed")
     given = parser.parse_args()
+    if shutil.which("compute-sanitizer") is None:
+        parser.error("got no compute-sanitizer, wanted it on the PATH. It comes with NVIDIA's CUDA toolkit.")
     failed = False
     with tempfile.TemporaryDirectory() as temporary:
         for tool in (PLAIN, *given.tools.split(",")):
