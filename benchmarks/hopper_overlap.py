@@ -18,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from w4a16.device import this_machine
+from w4a16.device import Stopwatch, this_machine
 
 # t = f(t, $2, $3) of 32-bit registers; those of dequantising first.
 KINDS = {
@@ -71,9 +71,7 @@ def _multiply(out_ptr, x, turns, w: gl.constexpr, OF_REGISTERS: gl.constexpr):
 
 
 @gluon.jit
-def _both(
-    out_ptr, products, turns, TEXT: gl.constexpr, COLUMNS: gl.constexpr, OF_REGISTERS: gl.constexpr
-):  # fmt: skip
+def _both(out_ptr, products, turns, TEXT: gl.constexpr, COLUMNS: gl.constexpr, OF_REGISTERS: gl.constexpr):
     x = gl.allocate_shared_memory(gl.bfloat16, [64, COLUMNS], gl.NVMMASharedLayout(128, 16, 2))
     x.store(gl.full([64, COLUMNS], 1.0, gl.bfloat16, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])))
     fence_async_shared()
@@ -96,15 +94,12 @@ def microseconds(out: torch.Tensor, products: int, turns: int, **constants: obje
         _both[(this_machine().compute_units,)](out, products, turns, **constants, num_warps=4)
 
     launch()
-    times = []
+    times, watch = [], Stopwatch()
     for _ in range(5):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+        watch.start()
         launch()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return float(statistics.median(times))
+        times.append(watch.stop() * 1e6)
+    return statistics.median(times)
 
 
 def main() -> None:

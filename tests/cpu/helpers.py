@@ -1,6 +1,11 @@
-"""What the tests share: random weights, and the house bound on error."""
+"""What the tests share: random weights, the house bound on error, and what benchmarks/ holds."""
 
 from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -42,3 +47,13 @@ def assert_close(got: Tensor, wanted: Tensor) -> None:
     assert got.shape == wanted.shape
     assert torch.isfinite(got).all()
     assert relative_rms(got, wanted) <= BOUNDS[got.dtype]
+
+
+def benchmark(name: str) -> ModuleType:
+    """benchmarks/<name>.py as a module."""
+    folder = str(Path(__file__).parents[2] / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)

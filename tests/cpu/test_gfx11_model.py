@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers import benchmark
 
 from w4a16.codegen.gfx11.lds import Meter
 from w4a16.codegen.isa import hot_paths
@@ -26,11 +24,9 @@ LANES = np.arange(32)
 
 
 @pytest.fixture(scope="module")
-def sources() -> Iterator[ModuleType]:
+def sources() -> ModuleType:
     """benchmarks/gfx11_model.py, which holds what the sources measured."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-        yield importlib.import_module("gfx11_model")
+    return benchmark("gfx11_model")
 
 
 @pytest.mark.parametrize(

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import benchmark
 
 from w4a16.codegen.compile import compile_launch
 from w4a16.device import known_device
 from w4a16.kernels._launch import Launch
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "hopper_overlap.py"
-
 
 @pytest.fixture(scope="module")
 def overlap() -> Any:
-    spec = importlib.util.spec_from_file_location("hopper_overlap", BENCHMARK)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("hopper_overlap")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from ._sm90 import (
     words_layout,
     zero_lanes,
 )
-from ._sm90_moe_producer import BOX_ROWS, PAIRS, hear
+from ._sm90_moe_producer import BOX_ROWS, PAIRS
 
 LEAST_SCALE = gl.constexpr(1e-30)  # stands for 0 and for less, which sums cannot be divided by
 
@@ -192,6 +192,14 @@ def activated(x, ACTIVATION: gl.constexpr):
 
 
 @gluon.jit
+def shares_of(shares_ptr, sorted_ptr, slots, row, COLUMNS: gl.constexpr, part: gl.constexpr):
+    """What multiplies the sums of a part's columns, the rows of a block from `row` on: [1, columns]."""
+    lane = gl.arange(0, part_columns(COLUMNS, part), gl.SliceLayout(0, mma_of(COLUMNS, part)))
+    slot = gl.load(sorted_ptr + row + part * 64 + lane)
+    return gl.expand_dims(gl.load(shares_ptr + slot, mask=slot < slots, other=0.0).to(gl.float32), 0)
+
+
+@gluon.jit
 def _write(out_desc, outs, y, row, column, COLUMNS: gl.constexpr):
     """out[row : row + COLUMNS, column : column + 64] = y^T, given in parts, through shared memory."""
     for p in gl.static_range(parts(COLUMNS)):
@@ -203,12 +211,12 @@ def _write(out_desc, outs, y, row, column, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _product(
+def unit_of_pairs(
     W: gl.constexpr, out_desc, shares_ptr, ring, zeros, outs, routing, done, steps, row, column,
     GROUP: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, COLUMNS: gl.constexpr,
     STAGES: gl.constexpr, GATHERS: gl.constexpr,
 ):  # fmt: skip
-    """The product of this warpgroup's two tiles of rows of W with the first COLUMNS rows of a block."""
+    """Warpgroup W's part of a unit, two tiles of rows of W, whose block has at most COLUMNS rows."""
     xs, codes, scales, full, empty = ring
     sorted_ptr, _, _, _, _, slots, _ = routing
     SUMS: gl.constexpr = scales_sums(GROUP)
@@ -254,9 +262,7 @@ def _product(
     for p in gl.static_range(parts(COLUMNS)):
         sum0, sum1 = acc0[p], acc1[p]
         if shares_ptr is not None:
-            lane = gl.arange(0, part_columns(COLUMNS, p), gl.SliceLayout(0, mma_of(COLUMNS, p)))
-            slot = gl.load(sorted_ptr + row + p * 64 + lane)
-            share = gl.expand_dims(gl.load(shares_ptr + slot, mask=slot < slots, other=0.0).to(gl.float32), 0)
+            share = shares_of(shares_ptr, sorted_ptr, slots, row, COLUMNS, p)
             sum0 *= share
             sum1 *= share
         sum0 = activated(sum0, ACTIVATION)
@@ -272,33 +278,3 @@ def _product(
         if ROOMS == 1:
             tma.store_wait(0)
         _write(out_desc, outs.index(W * ROOMS + ROOMS - 1), second, row, column + 64 * PAIRS, COLUMNS)
-
-
-@gluon.jit
-def consume(
-    W: gl.constexpr, out_desc, shares_ptr, ring, zeros, told, outs, routing, sizes,
-    GROUP: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr, GATHERS: gl.constexpr,
-):  # fmt: skip
-    """Warpgroup W's part of every unit: a block of the route times PAIRS pairs of tiles."""
-    K, tiles_n, _ = sizes
-    steps = gl.cdiv(K, 64)
-    units_n = gl.cdiv(tiles_n, 2 * PAIRS)
-    WIDTH: gl.constexpr = 64 * PAIRS if GATED else 128 * PAIRS
-    TIGHT: gl.constexpr = not scales_sums(GROUP) and zeros is not None  # 96 columns make ptxas of Triton 3.9 spill
-    done, turn, word = 0, 0, 1
-    while word != 0:
-        word = hear(told, turn)  # the last is 0, of no boxes
-        unit, boxes = word // 8, word % 8
-        if TIGHT:
-            boxes += (boxes == 3).to(gl.int32)
-        row, column = unit // units_n * BLOCK_M, unit % units_n * WIDTH + W * 64
-        for i in gl.static_range(1, BLOCK_M // BOX_ROWS + 1):
-            if not (TIGHT and i == 3) and boxes == i:
-                _product(
-                    W, out_desc, shares_ptr, ring, zeros, outs, routing, done, steps, row, column,
-                    GROUP, GATED, ACTIVATION, i * BOX_ROWS, STAGES, GATHERS,
-                )  # fmt: skip
-        done += steps
-        turn += 1
-    tma.store_wait(0)

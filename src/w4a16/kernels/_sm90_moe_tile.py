@@ -24,9 +24,10 @@ from ._sm90_moe_consumer import (
     ratio,
     scaled,
     scales_sums,
+    shares_of,
     started,
 )
-from ._sm90_moe_producer import BOX_ROWS, PAIRS, hear
+from ._sm90_moe_producer import BOX_ROWS, PAIRS
 
 
 @gluon.jit
@@ -95,10 +96,7 @@ def _finished(
     for p in gl.static_range(parts(COLUMNS)):
         part = acc[p]
         if shares_ptr is not None:
-            lane = gl.arange(0, part_columns(COLUMNS, p), gl.SliceLayout(0, mma_of(COLUMNS, p)))
-            slot = gl.load(sorted_ptr + row + p * 64 + lane)
-            share = gl.load(shares_ptr + slot, mask=slot < slots, other=0.0).to(gl.float32)
-            part *= gl.expand_dims(share, 0)
+            part *= shares_of(shares_ptr, sorted_ptr, slots, row, COLUMNS, p)
         finished = finished + (activated(part, ACTIVATION),)
     return finished
 
@@ -129,7 +127,7 @@ def _times_given(gate, handing, pair: gl.constexpr, turn, COLUMNS: gl.constexpr)
 
 
 @gluon.jit
-def _unit(
+def unit_of_tile(
     W: gl.constexpr, out_desc, shares_ptr, ring, zeros, outs, handing, routing, done, turn, steps, row, column,
     GROUP: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, COLUMNS: gl.constexpr,
     STAGES: gl.constexpr, GATHERS: gl.constexpr,
@@ -144,30 +142,3 @@ def _unit(
         if GATED:
             y = _times_given(y, handing, W, turn, COLUMNS)
         _write(out_desc, outs.index(W), y, row, column + W * 64, COLUMNS)
-
-
-@gluon.jit
-def consume_tile(
-    W: gl.constexpr, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
-    GROUP: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr, GATHERS: gl.constexpr,
-):  # fmt: skip
-    """Warpgroup W's part of every unit: a block of the route times a tile for each warpgroup."""
-    K, tiles_n, _ = sizes
-    steps = gl.cdiv(K, 64)
-    units_n = gl.cdiv(tiles_n, 2 * PAIRS)
-    WIDTH: gl.constexpr = 64 * PAIRS if GATED else 128 * PAIRS
-    done, turn, word = 0, 0, 1
-    while word != 0:
-        word = hear(told, turn)  # the last is 0, of no boxes
-        unit, boxes = word // 8, word % 8
-        row, column = unit // units_n * BLOCK_M, unit % units_n * WIDTH
-        for i in gl.static_range(1, BLOCK_M // BOX_ROWS + 1):
-            if boxes == i:
-                _unit(
-                    W, out_desc, shares_ptr, ring, zeros, outs, handing, routing, done, turn, steps, row, column,
-                    GROUP, GATED, ACTIVATION, i * BOX_ROWS, STAGES, GATHERS,
-                )  # fmt: skip
-        done += steps
-        turn += 1
-    tma.store_wait(0)

@@ -90,7 +90,9 @@ def _sm90_decode(
     split = gl.program_id(0) % SPLIT
     tiles = (K + 63) >> 6
 
-    left, codes_at = _codes_at(codes_ptr, block, split * PARTS, share, tiles, codes_stride, scales_stride, ROWS, WARPS)
+    left, codes_at = _parts_of_k(
+        codes_ptr, block, split * PARTS, share, tiles, codes_stride, scales_stride, ROWS, WARPS
+    )
     flat: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, [1, 0])
     scale_slabs = gl.allocate_shared_memory(DTYPE, [SLABS, LINES, PARTS * ROWS], flat)
     scales_ptr += block * ROWS
@@ -159,9 +161,7 @@ def _sm90_decode(
 
 
 @gluon.jit
-def _codes_at(
-    codes_ptr, block, first_part, share, tiles, stride, rows, ROWS: gl.constexpr, WARPS: gl.constexpr
-):  # fmt: skip
+def _parts_of_k(codes_ptr, block, first_part, share, tiles, stride, rows, ROWS: gl.constexpr, WARPS: gl.constexpr):
     """How many tiles each warp's part of K has, and the words of its rows in the first of them."""
     layout: gl.constexpr = words_layout(WARPS)
     y = gl.expand_dims(gl.arange(0, 4 * WARPS, gl.SliceLayout(1, layout)), 1)

@@ -31,9 +31,9 @@ from . import sm90_moe_decode, sm90_moe_few
 from ._launch import Launch, runs
 from ._permuted_rows import permuted_rows
 from ._sm90 import aligned, groups_a_tile
-from ._sm90_moe_consumer import consume, scales_sums
+from ._sm90_moe_consumer import scales_sums
 from ._sm90_moe_producer import BOX_ROWS, PAIRS, THREADS, produce
-from ._sm90_moe_tile import consume_tile
+from ._sm90_moe_units import consume
 from ._token_sums import placed_sums
 from .route import Turns, route_launches
 
@@ -133,23 +133,23 @@ def _sm90_moe(
     # fmt: off
     if WARPGROUPS == PAIRS:
         gl.warp_specialize([
-            (consume, (0, out_desc, shares_ptr, ring, zeros, told, outs, routing, sizes,
-             GROUP, GATED, ACTIVATION, BLOCK_M, STAGES, GATHERS)),
-            (consume, (1, out_desc, shares_ptr, ring, zeros, told, outs, routing, sizes,
-             GROUP, GATED, ACTIVATION, BLOCK_M, STAGES, GATHERS)),
+            (consume, (0, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
+             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, STAGES, GATHERS)),
+            (consume, (1, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
+             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, STAGES, GATHERS)),
             (produce, (x, w, ring, zeros, told, routing, sizes,
              GROUP, GATED, WHOLE, BLOCK_M, STAGES)),
         ], [4, 4], [C, P])
     else:
         gl.warp_specialize([
-            (consume_tile, (0, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
-             GROUP, GATED, ACTIVATION, BLOCK_M, STAGES, GATHERS)),
-            (consume_tile, (1, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
-             GROUP, GATED, ACTIVATION, BLOCK_M, STAGES, GATHERS)),
-            (consume_tile, (2, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
-             GROUP, GATED, ACTIVATION, BLOCK_M, STAGES, GATHERS)),
-            (consume_tile, (3, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
-             GROUP, GATED, ACTIVATION, BLOCK_M, STAGES, GATHERS)),
+            (consume, (0, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
+             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, STAGES, GATHERS)),
+            (consume, (1, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
+             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, STAGES, GATHERS)),
+            (consume, (2, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
+             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, STAGES, GATHERS)),
+            (consume, (3, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
+             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, STAGES, GATHERS)),
             (produce, (x, w, ring, zeros, told, routing, sizes,
              GROUP, GATED, WHOLE, BLOCK_M, STAGES)),
         ], [4, 4, 4, 4], [C, C, C, P])

@@ -77,14 +77,14 @@ def _ask_x(xs, x_at, here, k, K):
 
 @gluon.jit
 def _products(
-    words, scales, zeros, xs, DTYPE: gl.constexpr, GROUPS: gl.constexpr, CHUNK: gl.constexpr, WARPS: gl.constexpr,
-    STREAMS: gl.constexpr,
-):  # fmt: skip
+    words, scales, zeros, xs, GROUPS: gl.constexpr, CHUNK: gl.constexpr, WARPS: gl.constexpr, STREAMS: gl.constexpr
+):
     """Of each stream's rows, and of all columns, of which a warp's own counts.
 
     words  of each tile, stream by stream; scales and zeros of each chunk, likewise
     xs     in shared memory, slabs of a row for each column
     """
+    DTYPE: gl.constexpr = xs[0].dtype
     SLAB: gl.constexpr = xs[0].shape[1] // 64  # tiles
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -233,7 +233,7 @@ def _sm90_moe_few(
     async_copy.wait_group(0)
     workgroup_barrier()
 
-    accs = _products(words, scales, zeros, xs, DTYPE, GROUPS, CHUNK, WARPS, STREAMS)
+    accs = _products(words, scales, zeros, xs, GROUPS, CHUNK, WARPS, STREAMS)
     sums = ()
     for s in gl.static_range(STREAMS):
         total = _own_column(accs[s], WARPS)
