@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from w4a16.device import known_device
+from w4a16.problem import Problem
+from w4a16.tuning.sm90_moe_tiles import Sm90MoeTile
+from w4a16.tuning.tiles import why_illegal
 from w4a16.weight import QuantizedWeight, pack_nibbles
 
 # Relative RMS against the fp32 reference: the rounding of the output dtype, and of the scales' in it.
@@ -57,3 +62,21 @@ def benchmark(name: str) -> ModuleType:
         return importlib.import_module(name)
     finally:
         sys.path.remove(folder)
+
+
+def fitting(tile: Sm90MoeTile, problem: Problem) -> Sm90MoeTile:
+    """The tile, with the stages that shared memory has room for where no row of tuning gives the problem that tile."""
+    while "shared memory" in (why_illegal("sm90_moe", tile, problem, known_device("sm90")) or ""):
+        tile = replace(tile, stages=tile.stages - 1)
+    return tile
+
+
+def in_turn(boxes: list[int], every: int) -> list[int]:
+    """How sm90_moe takes blocks of so many boxes of rows: most first, one of a single box after `every` others."""
+    wide = sorted((at for at, count in enumerate(boxes) if count > 1), key=lambda at: -boxes[at])
+    narrow = [block for block, count in enumerate(boxes) if count == 1]
+    order: list[int] = []
+    while len(wide) >= every and narrow:
+        order += [*wide[:every], narrow.pop(0)]
+        wide = wide[every:]
+    return order + wide + narrow

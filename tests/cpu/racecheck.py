@@ -25,13 +25,15 @@ _HEAD = re.compile(rf"^========= (?:Error|Warning): Race reported between {_ACCE
 _OTHER = re.compile(rf"^=========     and {_ACCESS}")
 _SUMMARY = re.compile(r"^========= RACECHECK SUMMARY: (\d+) hazards? displayed")
 _LINE = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@(!?U?P\w+)\s+)?(.*?)\s*;|^(\.L_x_\d+):", re.MULTILINE)
-_STOPS = re.compile(r"label|BAR|BR|B?SYNC|CALL|RET|EXIT|LD[^C]|ST|ATOM|RED\.|UTMA|UBLKCP|MEMBAR|FENCE")
+_MEMORY = r"LD[^C]|ST|ATOM|RED\.|UTMA|UBLKCP|MEMBAR|FENCE"
+_STOPS = re.compile(rf"label|BAR|BR|B?SYNC|CALL|RET|EXIT|{_MEMORY}")
 _SHARED = re.compile(r"(LDS|STS)[ .]")
 _OFFSET = re.compile(r"\+(-?)0x([0-9a-f]+)\]")
 _WAIT = re.compile(r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT (P\d), ")
 _BRANCH = re.compile(r"BRA `\((\.L_x_\d+)\)")
 _WHOLE_BLOCK = "BAR.SYNC.DEFER_BLOCKING 0x1"  # no count of threads: all of the program's
 _WARPGROUP = re.compile(r"BAR\.SYNC\.DEFER_BLOCKING 0x\w+, 0x80$")
+_PASSED = re.compile(rf"{_WARPGROUP.pattern}|{_MEMORY}")  # between access and mbarrier, in a thread's own order
 _DEFAULT_WARPS, _MOST_WARPS = 4, 16
 
 Access = tuple[str, int]  # Read or Write, address
@@ -104,8 +106,7 @@ def words(sass: str) -> list[frozenset[Access]]:
     """The accesses that each pair of mbarriers orders, of one kernel's machine code.
 
     A write waits for one and arrives at the other, a read the other way round; each has a barrier of its warpgroup
-    between access and arrival, and on the way nothing but other accesses to shared memory that orders, jumps or
-    touches memory.
+    between access and arrival, and on the way nothing that jumps or waits but for that barrier.
     """
     code = _read(sass)
     found: dict[tuple[int, int], set[Access]] = {}  # by the mbarriers at which writes and reads arrive
@@ -133,7 +134,7 @@ def _waited(code: list[_Instruction], i: int) -> int | None:
             labels.append(each.text.split()[1])
         elif _BRANCH.match(each.text):
             jumps.add(each.guard)
-        elif _STOPS.match(each.text) and not _SHARED.match(each.text):
+        elif _STOPS.match(each.text) and not _PASSED.match(each.text):
             return None
     return None
 
@@ -144,7 +145,7 @@ def _arrived(code: list[_Instruction], i: int) -> int | None:
     for k, each in enumerate(code[i + 1 :], i + 1):
         if _WARPGROUP.match(each.text) and not each.guard:
             passed = True
-        elif _STOPS.match(each.text) and not _SHARED.match(each.text) and not _skips_arrival(code, k):
+        elif _STOPS.match(each.text) and not _PASSED.match(each.text) and not _skips_arrival(code, k):
             return _offset(each.text) if passed and each.text.startswith("SYNCS.ARRIVE") else None
     return None
 
@@ -154,7 +155,9 @@ def _skips_arrival(code: list[_Instruction], k: int) -> bool:
     jump = _BRANCH.match(code[k].text)
     if not jump or not code[k].guard:
         return False
-    return code[k + 1].text.startswith("SYNCS.ARRIVE") and code[k + 2].text == f"label {jump[1]}"
+    leads = _BRANCH.match(code[k + 2].text)
+    there = code[k + 2].text == f"label {jump[1]}" or (leads and leads[1] == jump[1] and not code[k + 2].guard)
+    return code[k + 1].text.startswith("SYNCS.ARRIVE") and bool(there)
 
 
 def _read(sass: str) -> list[_Instruction]:

@@ -83,22 +83,24 @@ def test_words_between_mbarriers_are_explained(told: str) -> None:
     assert unexplained([replace(report, accesses=known | handover(told))], {"words": [told]})
 
 
-def test_an_arrival_may_be_jumped_over_and_more_be_shared(told: str) -> None:
+@pytest.mark.parametrize("end", ["\n{name}:", "/*9985*/ BRA `({name}) ;\n/*9986*/ NOP ;\n{name}:"])
+def test_an_arrival_may_be_jumped_over_and_more_be_shared(told: str, end: str) -> None:
     """As ptxas writes the hand-over of sums: many accesses, and a branch in place of the arrival's predicate."""
     label = itertools.count(900)
 
     def jumped(match: re.Match[str]) -> str:
         name = f".L_x_{next(label)}"
-        return f"@{match[1]} BRA `({name}) ; /*9980*/ {match[2]}\n{name}:"
+        return f"@{match[1]} BRA `({name}) ; /*9980*/ {match[2]} {end.format(name=name)}\n"
 
     over, count = re.subn(r"@!(P\d) (SYNCS\.ARRIVE[^;]*;)", jumped, told)
     assert count
-    more, count = re.subn(r"((LDS|STS) [^;]*;)", r"\1 /*9970*/ LDS.128 R4, [R8+0x10] ;", over)
-    assert count
     (known,) = words(told)
     assert any(known <= found for found in words(over))
-    assert any(known <= found for found in words(more))
-    beyond = re.sub(r"(BRA `\(\.L_x_9\d\d\) ;)", r"\1 /*9960*/ NOP ;", over)  # the branch jumps over another
+    for also in ("LDS.128 R4, [R8+0x10]", "UTMASTG.2D [UR4], [UR6]", "FENCE.VIEW.ASYNC.S"):
+        more, count = re.subn(r"((LDS|STS) [^;]*;)", rf"\1 /*9970*/ {also} ;", over)
+        assert count
+        assert any(known <= found for found in words(more))
+    beyond = re.sub(r"(@P\d BRA `\(\.L_x_9\d\d\) ;)", r"\1 /*9960*/ NOP ;", over)  # the branch jumps over another
     assert not words(beyond)
 
 

@@ -35,17 +35,28 @@ def problem(m: int = 1024, n: int = 1536, k: int = 2048, group: int = 128, **fie
     return Problem(**{"m": m, "n": n, "k": k, "group": group, "experts": 128, "top_k": 8, **fields})
 
 
-@pytest.mark.parametrize("asked", [problem(has_zeros=True), problem(group=64), problem(group=32, act="fp16")], ids=str)
-def test_nothing_spills_and_no_wgmma_is_serialised(asked: Problem) -> None:
-    """The narrowest tile of wgmma; test_isa_golden.py compiles every row, this one every kind of group."""
-    tile = min((tile for tile in TILES if tile.block_m in WIDE), key=lambda tile: tile.block_m)
+@pytest.mark.parametrize(
+    ("asked", "which"),
+    [
+        (problem(has_zeros=True), min),
+        (problem(group=64), min),
+        (problem(group=32, act="fp16"), min),
+        (problem(), max),
+        (problem(group=32, has_zeros=True), max),
+    ],
+    ids=str,
+)
+def test_nothing_spills_and_no_wgmma_is_serialised(asked: Problem, which: Any) -> None:
+    """The tiles of wgmma with least and most shared memory; test_isa_golden.py compiles every row."""
+    legal = [tile for tile in TILES if tile.block_m in WIDE and why_illegal("sm90_moe", tile, asked, H100) is None]
+    tile = which(legal, key=lambda tile: sm90_moe_shared_bytes(tile, asked))
     gemms = [launch for launch in launches("sm90_moe", asked, H100, tile) if launch.fn.__name__ == "_sm90_moe"]
     assert len(gemms) == 2
     for launch in gemms:
         compiled = compile_launch(launch, H100)
         assert compiled.spills == 0
         assert not compiled.serialised_wgmma
-        assert compiled.shared_bytes <= sm90_moe_shared_bytes(tile) <= H100.shared_bytes
+        assert compiled.shared_bytes <= sm90_moe_shared_bytes(tile, asked) <= H100.shared_bytes
 
 
 @pytest.mark.parametrize(("gathers", "has_zeros"), [(True, True), (False, True), (False, False)])
@@ -140,13 +151,13 @@ def test_blocks_grow_with_the_load_of_an_expert() -> None:
     ("tile", "sentence"),
     [
         (replace(WIDEST, block_m=48), "block_m must be one of 1, 8, 16, 32, 64, 96, 128, not 48"),
-        (replace(WIDEST, stages=1), "stages must be at least 2, not 1"),
-        (replace(WIDEST, stages=12), "bytes of shared memory"),
+        (replace(WIDEST, stages=1), "stages must be at least 4, not 1"),
+        (replace(WIDEST, stages=8), "bytes of shared memory"),
         (Sm90MoeTile(block_m=32, stages=12, residents=2), "bytes of shared memory"),
         (replace(WIDEST, residents=2), "residents must be 1, or 2 for blocks of 32, not 2 for blocks of 128"),
         (replace(WIDEST, warpgroups=4), "warpgroups must be 2, or 4 for blocks of up to 96, not 4 for blocks of 128"),
         (Sm90MoeTile(block_m=96), "warpgroups must be 2, or 4 for blocks of up to 96, not 2 for blocks of 96"),
-        (Sm90MoeTile(block_m=96, stages=6, warpgroups=4), "bytes of shared memory"),
+        (Sm90MoeTile(block_m=96, stages=10, warpgroups=4), "bytes of shared memory"),
         (replace(WIDEST, block_m=8), "blocks of 8 slots need gemm1 and gemm2"),
         (Sm90MoeTile(block_m=8, gemm1=DECODE, gemm2=replace(DECODE, warps=3)), "warps must be 4, 8 or 16, not 3"),
     ],

@@ -18,6 +18,7 @@ from w4a16.dispatch import choose, serve_linear
 def _on_a_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("missing device: a CUDA or ROCm GPU")
+    torch.set_num_threads(1)  # processes side by side, each with threads for all cores, take minutes for seconds
     torch.manual_seed(0)
     choose.cache_clear()
     serve_linear.cache_clear()

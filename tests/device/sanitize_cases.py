@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cpu"))
-from helpers import assert_close, random_weight
+from helpers import assert_close, fitting, random_weight
 from racecheck_controls import partitions, words
 
 from w4a16.device import current_device
@@ -30,7 +30,7 @@ from w4a16.kernels.sm90_prefill import _sm90_prefill
 from w4a16.layouts import SKINNY, SM90, pack
 from w4a16.problem import Problem
 from w4a16.reference import reference_linear, reference_moe
-from w4a16.tuning.sm90_moe_tiles import Sm90MoeTile
+from w4a16.tuning.sm90_moe_tiles import WIDE, Sm90MoeTile
 from w4a16.tuning.sm90_tiles import Sm90DecodeTile
 from w4a16.tuning.table import rows_of, tile_for
 from w4a16.tuning.tiles import why_illegal
@@ -52,7 +52,7 @@ def linear(stem: str, layout: str, tile: object, m: int, n: int, k: int, group: 
 
 def experts(stem: str, layout: str, tile: object, tokens: int, top_k: int, group: int, asym: bool) -> None:
     """One expert layer; 301 tokens that go to 8 experts each are more slots than the route takes in one launch."""
-    count, hidden, inter = (128, 128, 64) if top_k == 8 else (16, 320, 192)
+    count, hidden, inter = (128, 256, 128) if top_k == 8 else (16, 320, 192)
     w13 = random_weight(2 * inter, hidden, group=group, asym=asym, experts=count)
     w2 = random_weight(hidden, inter, group=group, asym=asym, experts=count)
     x, share = torch.randn(tokens, hidden).bfloat16(), torch.rand(tokens, top_k)
@@ -62,7 +62,7 @@ def experts(stem: str, layout: str, tile: object, tokens: int, top_k: int, group
     problem = Problem(
         m=tokens, n=2 * inter, k=hidden, group=group, act="bf16", has_zeros=asym, experts=count, top_k=top_k
     )
-    tile = tile or tile_for(stem, problem, current_device("cuda"))
+    tile = fitting(tile, problem) if isinstance(tile, Sm90MoeTile) else tile_for(stem, problem, current_device("cuda"))
     packed = [pack(weight.to("cuda"), layout=layout) for weight in (w13, w2)]
     given = {"w13": packed[0], "w2": packed[1], "topk_weights": share.cuda(), "topk_ids": ids.cuda()}
     how = {"activation": "silu", "gated": True, "weight_input": False}
@@ -105,6 +105,8 @@ def cases() -> Iterator[Case]:
         if row.stem == "sm90_moe":
             yield partial(experts, "sm90_moe", SM90, tile, max(2, 2 * tile.block_m), 4, 64, False)
             yield partial(experts, "sm90_moe", SM90, tile, 301, 8, 32, True)
+            if tile.block_m in WIDE:
+                yield partial(experts, "sm90_moe", SM90, tile, 301, 8, 128, asym)
     for block, top_k in itertools.product((1, 8, 16), (2, 10)):
         tile = Sm90MoeTile(block_m=block, gemm1=NARROW, gemm2=NARROW)
         yield partial(experts, "sm90_moe", SM90, tile, 3 * block, top_k, 64, block == 8)
@@ -125,6 +127,7 @@ def save_code(folder: Path) -> None:
 
 
 def main(part: str = "0/1", folder: str = "", stems: str = "") -> None:
+    torch.set_num_threads(1)  # processes side by side, each with threads for all cores, take minutes for seconds
     first, step = map(int, part.split("/"))
     asked = [case for case in cases() if not stems or (case.args or ("control",))[0] in stems.split(",")]
     for case in asked[first::step]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, random_weight
+from helpers import assert_close, fitting, random_weight
 from streams import on_4_streams
 
 from w4a16 import QuantizedWeight, moe, pack_experts, record
@@ -18,6 +18,7 @@ from w4a16.kernels.sm90_moe import sm90_moe
 from w4a16.layouts import SM90
 from w4a16.layouts import pack as pack_as
 from w4a16.nn import W4A16Experts
+from w4a16.problem import Problem
 from w4a16.reference import ACTIVATIONS, reference_moe
 from w4a16.tuning.sm90_moe_tiles import WIDE, Sm90MoeTile
 from w4a16.tuning.table import rows_of
@@ -78,6 +79,8 @@ def check(
     """The kernel of `tile` for rows of x that are not contiguous; nothing beside the output is written."""
     plain = weights(experts, hidden, inter, group, gated, act=act, asym=asym, act_order=act_order)
     tokens = len(ids)
+    n = (2 if gated else 1) * inter
+    tile = fitting(tile, Problem(m=tokens, n=n, k=hidden, group=group or hidden, act="bf16", has_zeros=asym))
     whole, share = torch.randn(tokens, hidden + 32, dtype=act), torch.rand(ids.shape)
     x = whole[:, 16 : hidden + 16]
     room = torch.full((tokens + 2, hidden), torch.nan, dtype=act, device="cuda")
@@ -106,6 +109,7 @@ def test_kinds(act: torch.dtype, asym: bool, group: int) -> None:
 def test_tiles(tile: Sm90MoeTile, routing: str) -> None:
     """Blocks of every width, tails of rows of W, more units of work than programs, an odd number of steps."""
     check(tile, routed(routing, 300, 8, 2))
+    check(tile, routed(routing, 900, 24, 2), experts=24, hidden=384, inter=640, asym=True)
     check(tile, routed(routing, 70, 60, 2), experts=60, hidden=320, inter=192, group=64)
     check(tile, routed(routing, 900, 24, 2), experts=24, hidden=512, inter=320, group=64)
 
@@ -129,6 +133,7 @@ def expected(
 def test_many_experts_50_times(tile: Sm90MoeTile, routing: str) -> None:
     """A served model's layer, of which each program takes several units: right, and the same bits at every launch."""
     shape, tokens = EXPERTS["qwen3.5-35b-a3b"], 1024
+    tile = fitting(tile, shape.problem(tokens, "bf16", has_zeros=True))
     plain = random_experts(shape, act="bf16", has_zeros=True, device=torch.device("cuda"))
     w13, w2 = (pack_as(weight, layout=SM90) for weight in plain)
     x = torch.randn(tokens, shape.hidden, device="cuda").bfloat16()
@@ -161,6 +166,7 @@ def test_routings(tile: Sm90MoeTile, experts: int, top_k: int) -> None:
     ids[3, 0] = experts
     check(tile, ids, experts=experts, hidden=128, inter=64, group=64)
     check(tile, routed("one", 33, experts, top_k), experts=experts, hidden=128, inter=64, group=64)
+    check(tile, ids, experts=experts, hidden=128, inter=128)
     check(tile, torch.full((5, top_k), -1), experts=experts, hidden=128, inter=64, group=64)
 
 

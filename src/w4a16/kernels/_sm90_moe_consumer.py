@@ -25,7 +25,8 @@ from ._sm90 import (
     words_layout,
     zero_lanes,
 )
-from ._sm90_moe_producer import BOX_ROWS, PAIRS
+from ._sm90_moe_producer import NARROW, PAIRS
+from ._sm90_prefill_producer import after
 
 LEAST_SCALE = gl.constexpr(1e-30)  # stands for 0 and for less, which sums cannot be divided by
 
@@ -56,9 +57,10 @@ def mma_of(columns, part):
 
 @gluon.jit
 def operand_of(
-    codes, scales, zeros, at, tile: gl.constexpr, GROUP: gl.constexpr, DTYPE: gl.constexpr, mma: gl.constexpr
-):
-    """A tile of stage `at` as operand, and the scales of its rows for the sums."""
+    codes, scales, zeros, at, tile: gl.constexpr, GROUP: gl.constexpr, DTYPE: gl.constexpr, mma: gl.constexpr,
+    TILES: gl.constexpr, j: gl.constexpr,
+):  # fmt: skip
+    """Columns j of a tile of stage `at` as operand, and the scales of its rows for the sums."""
     GROUPS: gl.constexpr = groups_a_tile(GROUP)
     a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     scale = of_rows(scales.index(at).slice(tile * 64, 64, 1), GROUPS)
@@ -66,7 +68,7 @@ def operand_of(
         zero = gl.full(scale.shape, 8, gl.int32, scale.type.layout)
     else:
         zero = of_rows(zeros.index(at).slice(tile * 64, 64, 1), GROUPS)
-    words = codes.index(at).slice(tile * 16, 16, 0).load(words_layout(4))
+    words = codes.index(at).slice((tile * TILES + j) * 16, 16, 0).load(words_layout(4))
     pairs = centred(words, zero_lanes(zero, DTYPE), DTYPE, 4)
     if scales_sums(GROUP):
         a = operand(pairs, None, DTYPE, 4, a_layout)
@@ -80,24 +82,26 @@ def operand_of(
 
 
 @gluon.jit
-def started(a, acc, xs, COLUMNS: gl.constexpr):
-    """Starts acc + a @ x^T for one tile and every part of the columns."""
+def started(a, acc, xs, at, COLUMNS: gl.constexpr):
+    """Starts acc + a @ x^T for one tile and every part of the columns, of x in place `at` of the ring."""
+    ROWS: gl.constexpr = xs[0].shape[1]
     running = ()
     for p in gl.static_range(parts(COLUMNS)):
-        x = xs.slice(p * 64, part_columns(COLUMNS, p), 0).permute((1, 0))
+        room = xs[p * 64 // ROWS].index(at)
+        x = room.slice(p * 64 % ROWS, part_columns(COLUMNS, p), 0).permute((1, 0))
         w = gl.convert_layout(a, gl.DotOperandLayout(0, mma_of(COLUMNS, p), 2), assert_trivial=True)
         running = running + (warpgroup_mma(w, x, acc[p], is_async=True),)
     return running
 
 
 @gluon.jit
-def ended(running, a, COLUMNS: gl.constexpr, LATER: gl.constexpr):
+def ended(running, operands, COLUMNS: gl.constexpr, LATER: gl.constexpr):
     """The sums of a tile, once all products but those of LATER tiles are there.
 
-    The operand is named here so that it keeps its registers until then.
+    The operands are named here so that they keep their registers until then.
     """
-    done_and_a = warpgroup_mma_wait(LATER * parts(COLUMNS), deps=running + (a,))
-    return done_and_a[: parts(COLUMNS)]
+    done_and_operands = warpgroup_mma_wait(LATER * parts(COLUMNS), deps=running + operands)
+    return done_and_operands[: parts(COLUMNS)]
 
 
 @gluon.jit
@@ -119,48 +123,56 @@ def ratio(x, y):
 
 
 @gluon.jit
-def awaited(full, done, STAGES: gl.constexpr, GATHERS: gl.constexpr):
-    """The stage of a step, once it is filled."""
-    at = done % STAGES
-    mbarrier.wait(full.index(at), done // STAGES & 1)
+def await_stage(full, slot, phase, GATHERS: gl.constexpr):
+    """Waits until a stage is filled."""
+    mbarrier.wait(full.index(slot), phase)
     if GATHERS:
         fence_async_shared()
-    return at
 
 
 @gluon.jit
 def _step(
-    a, b, row0, row1, acc0, acc1, xs, codes, scales, zeros, full, empty, done, PART: gl.constexpr, EVEN: gl.constexpr,
-    W: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, GATHERS: gl.constexpr,
+    a, b, row0, row1, acc0, acc1, ring, zeros, before, slot, phase, PART: gl.constexpr, EVEN: gl.constexpr,
+    W: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
+    GATHERS: gl.constexpr,
 ):  # fmt: skip
-    """The sums with this step's part, and the next step's first operand.
+    """The sums with 64 columns of K more, the first operand of the next 64, and the stage where those are.
 
     Each tile is dequantised, and its sums are rescaled, under the product of the other. Sums are in units of their
-    rows' scale; those of the next group take its own. PART: 0 and 1 are the first and second of two steps, between
-    which the second tile's product runs on; 2 is one alone. EVEN: groups of 64.
+    rows' scale; those of the next group take its own. PART: 0 and 1 are the first and second 64 of 128 columns, between
+    which the second tile's product runs on; 2 is 64 alone. EVEN: groups of 64.
     """
+    xs, codes, scales, full, empty = ring
     SUMS: gl.constexpr = scales_sums(GROUP)
+    DTYPE: gl.constexpr = xs[0].dtype
     mma: gl.constexpr = mma_of(COLUMNS, 0)
-    at = done % STAGES
-    x = xs.index(at)
-    running0 = started(a, acc0, x, COLUMNS)
+    TILE: gl.constexpr = PART % 2 if TILES == 2 else 0
+    at = slot * TILES + TILE
+    running0 = started(a, acc0, xs, at, COLUMNS)
     if PART == 1:
-        acc1 = ended(acc1, b, COLUMNS, 1)
-        mbarrier.arrive(empty.index((done - 1) % STAGES), count=1)
-    b, later1 = operand_of(codes, scales, zeros, at, PAIRS + W, GROUP, xs.dtype, mma)
+        acc1 = ended(acc1, (b,), COLUMNS, 1)
+        if TILES == 1:
+            mbarrier.arrive(empty.index(before), count=1)
+    b, later1 = operand_of(codes, scales, zeros, slot, PAIRS + W, GROUP, DTYPE, mma, TILES, TILE)
     if SUMS and (PART != 1 or EVEN):
         acc1 = scaled(acc1, ratio(row1, later1), COLUMNS)
         row1 = later1
-    acc1 = started(b, acc1, x, COLUMNS)
-    acc0 = ended(running0, a, COLUMNS, 1)
-    a, later0 = operand_of(codes, scales, zeros, awaited(full, done + 1, STAGES, GATHERS), W, GROUP, xs.dtype, mma)
+    acc1 = started(b, acc1, xs, at, COLUMNS)
+    acc0 = ended(running0, (a,), COLUMNS, 1)
+    LAST: gl.constexpr = TILES == 1 or PART == 1  # of its stage
+    next_slot, next_phase = slot, phase
+    if LAST:
+        next_slot, next_phase = after(slot, phase, 1, STAGES)
+        await_stage(full, next_slot, next_phase, GATHERS)
+    a, later0 = operand_of(codes, scales, zeros, next_slot, W, GROUP, DTYPE, mma, TILES, 0 if LAST else 1)
     if SUMS and (PART == 1 or EVEN):
         acc0 = scaled(acc0, ratio(row0, later0), COLUMNS)
         row0 = later0
     if PART != 0:
-        acc1 = ended(acc1, b, COLUMNS, 0)
-        mbarrier.arrive(empty.index(at), count=1)
-    return a, b, row0, row1, acc0, acc1
+        acc1 = ended(acc1, (b,), COLUMNS, 0)
+        if LAST:
+            mbarrier.arrive(empty.index(slot), count=1)
+    return a, b, row0, row1, acc0, acc1, next_slot, next_phase
 
 
 @gluon.jit
@@ -200,21 +212,25 @@ def shares_of(shares_ptr, sorted_ptr, slots, row, COLUMNS: gl.constexpr, part: g
 
 
 @gluon.jit
-def _write(out_desc, outs, y, row, column, COLUMNS: gl.constexpr):
-    """out[row : row + COLUMNS, column : column + 64] = y^T, given in parts, through shared memory."""
-    for p in gl.static_range(parts(COLUMNS)):
-        part = y[p]
-        outs.slice(p * 64, part_columns(COLUMNS, p), 0).store(part.to(outs.dtype).permute([1, 0]))
+def write(out_desc, room, part, row, column):
+    """Starts copying out[row : row + columns of part, column : column + 64] = part^T, through room in shared memory."""
+    room.store(part.to(room.dtype).permute([1, 0]))
     fence_async_shared()
-    for i in gl.static_range(COLUMNS // BOX_ROWS):
-        from_shared(out_desc, [row + i * BOX_ROWS, column], outs.slice(i * BOX_ROWS, BOX_ROWS, 0))
+    for i in gl.static_range(part.shape[1] // NARROW):
+        from_shared(out_desc, [row + i * NARROW, column], room.slice(i * NARROW, NARROW, 0))
+
+
+@gluon.jit
+def _write_parts(out_desc, outs, y, row, column, COLUMNS: gl.constexpr):
+    for p in gl.static_range(parts(COLUMNS)):
+        write(out_desc, outs.slice(p * 64, part_columns(COLUMNS, p), 0), y[p], row + p * 64, column)
 
 
 @gluon.jit
 def unit_of_pairs(
     W: gl.constexpr, out_desc, shares_ptr, ring, zeros, outs, routing, done, steps, row, column,
     GROUP: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, COLUMNS: gl.constexpr,
-    STAGES: gl.constexpr, GATHERS: gl.constexpr,
+    TILES: gl.constexpr, STAGES: gl.constexpr, GATHERS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W's part of a unit, two tiles of rows of W, whose block has at most COLUMNS rows."""
     xs, codes, scales, full, empty = ring
@@ -222,40 +238,42 @@ def unit_of_pairs(
     SUMS: gl.constexpr = scales_sums(GROUP)
     mma: gl.constexpr = mma_of(COLUMNS, 0)
     EVEN: gl.constexpr = SUMS and GROUP % 128 != 0
+    DTYPE: gl.constexpr = xs[0].dtype
     acc0, acc1 = (), ()
     for p in gl.static_range(parts(COLUMNS)):
         zero = gl.zeros([64, part_columns(COLUMNS, p)], gl.float32, mma_of(COLUMNS, p))
         acc0 = acc0 + (zero,)
         acc1 = acc1 + (zero,)
-    a, row0 = operand_of(codes, scales, zeros, awaited(full, done, STAGES, GATHERS), W, GROUP, xs.dtype, mma)
+    slot, phase = done % STAGES, done // STAGES & 1
+    await_stage(full, slot, phase, GATHERS)
+    a, row0 = operand_of(codes, scales, zeros, slot, W, GROUP, DTYPE, mma, TILES, 0)
     row1 = row0
-    for _ in range((steps - 1) // 2):
-        a, b, row0, row1, acc0, acc1 = _step(
-            a, a, row0, row1, acc0, acc1, xs, codes, scales, zeros, full, empty, done, 0, EVEN,
-            W, COLUMNS, GROUP, STAGES, GATHERS,
+    for _ in range((steps * TILES - 1) // 2):
+        before = slot
+        a, b, row0, row1, acc0, acc1, slot, phase = _step(
+            a, a, row0, row1, acc0, acc1, ring, zeros, before, slot, phase, 0, EVEN,
+            W, COLUMNS, GROUP, TILES, STAGES, GATHERS,
         )  # fmt: skip
-        a, b, row0, row1, acc0, acc1 = _step(
-            a, b, row0, row1, acc0, acc1, xs, codes, scales, zeros, full, empty, done + 1, 1, EVEN,
-            W, COLUMNS, GROUP, STAGES, GATHERS,
+        a, b, row0, row1, acc0, acc1, slot, phase = _step(
+            a, b, row0, row1, acc0, acc1, ring, zeros, before, slot, phase, 1, EVEN,
+            W, COLUMNS, GROUP, TILES, STAGES, GATHERS,
         )  # fmt: skip
-        done += 2
-    if steps % 2 == 0:
-        a, b, row0, row1, acc0, acc1 = _step(
-            a, a, row0, row1, acc0, acc1, xs, codes, scales, zeros, full, empty, done, 2, EVEN,
-            W, COLUMNS, GROUP, STAGES, GATHERS,
+    if steps * TILES % 2 == 0:
+        a, b, row0, row1, acc0, acc1, slot, phase = _step(
+            a, a, row0, row1, acc0, acc1, ring, zeros, slot, slot, phase, 2, EVEN,
+            W, COLUMNS, GROUP, TILES, STAGES, GATHERS,
         )  # fmt: skip
-        done += 1
-    at = done % STAGES
-    running0 = started(a, acc0, xs.index(at), COLUMNS)
-    b, later1 = operand_of(codes, scales, zeros, at, PAIRS + W, GROUP, xs.dtype, mma)
+    at = slot * TILES + TILES - 1
+    running0 = started(a, acc0, xs, at, COLUMNS)
+    b, later1 = operand_of(codes, scales, zeros, slot, PAIRS + W, GROUP, DTYPE, mma, TILES, TILES - 1)
     if SUMS:
         acc1 = scaled(acc1, ratio(row1, later1), COLUMNS)
-    running1 = started(b, acc1, xs.index(at), COLUMNS)
-    acc0 = ended(running0, a, COLUMNS, 1)
+    running1 = started(b, acc1, xs, at, COLUMNS)
+    acc0 = ended(running0, (a,), COLUMNS, 1)
     if SUMS:
         acc0 = scaled(acc0, row0, COLUMNS)
-    acc1 = ended(running1, b, COLUMNS, 0)
-    mbarrier.arrive(empty.index(at), count=1)
+    acc1 = ended(running1, (b,), COLUMNS, 0)
+    mbarrier.arrive(empty.index(slot), count=1)
     if SUMS:
         acc1 = scaled(acc1, later1, COLUMNS)
     first, second = (), ()
@@ -273,8 +291,8 @@ def unit_of_pairs(
             second = second + (activated(sum1, ACTIVATION),)
     ROOMS: gl.constexpr = outs.shape[0] // PAIRS
     tma.store_wait(0)
-    _write(out_desc, outs.index(W * ROOMS), first, row, column, COLUMNS)
+    _write_parts(out_desc, outs.index(W * ROOMS), first, row, column, COLUMNS)
     if not GATED:
         if ROOMS == 1:
             tma.store_wait(0)
-        _write(out_desc, outs.index(W * ROOMS + ROOMS - 1), second, row, column + 64 * PAIRS, COLUMNS)
+        _write_parts(out_desc, outs.index(W * ROOMS + ROOMS - 1), second, row, column + 64 * PAIRS, COLUMNS)

@@ -11,10 +11,18 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..compat import copy_to_shared, reinterpreted, to_shared, workgroup_barrier
 from ._sm90 import let_the_next_kernel_start, wait_for_the_kernel_before
+from ._sm90_prefill_producer import after
 
 THREADS = gl.constexpr(128)  # each arrives at a stage when its part of a gather has
 PAIRS = gl.constexpr(2)  # of tiles of 64 rows of W, of a program: where gated, of a gate tile and its up tile
-BOX_ROWS = gl.constexpr(32)  # of x and out: a block takes as many boxes as it has rows
+BOX_ROWS = gl.constexpr(32)  # of x: a block takes as many boxes as it has rows
+NARROW = gl.constexpr(16)  # rows of a smaller box, for a block with no more; those of out are all as small
+
+
+@gluon.constexpr_function
+def columns_of(width):
+    """The columns of a block's products, by the number that says how many rows it has."""
+    return NARROW if width == 1 else (width - 1) * BOX_ROWS
 
 
 @gluon.constexpr_function
@@ -59,20 +67,20 @@ def _block_of(order_ptr, unit, units, units_n):
 
 @gluon.jit
 def _marks_of(sorted_ptr, block, BLOCK_M: gl.constexpr):
-    """The first slot of each box of rows of a block but the first: padding where it has no more rows than that."""
-    marks = ()
+    """A block's slots past NARROW rows and past each box but the last: padding where it has no more than that."""
+    marks = (gl.load(sorted_ptr + block * BLOCK_M + NARROW),)
     for i in gl.static_range(1, BLOCK_M // BOX_ROWS):
         marks = marks + (gl.load(sorted_ptr + block * BLOCK_M + i * BOX_ROWS),)
     return marks
 
 
 @gluon.jit
-def _boxes_of(marks, slots, BLOCK_M: gl.constexpr):
-    """The boxes of rows that have slots."""
-    boxes = 1
-    for i in gl.static_range(BLOCK_M // BOX_ROWS - 1):
-        boxes += (marks[i] < slots).to(gl.int32)
-    return boxes
+def _width_of(marks, slots, BLOCK_M: gl.constexpr):
+    """How many rows a block has, as a number for `columns_of`."""
+    width = 1
+    for i in gl.static_range(BLOCK_M // BOX_ROWS):
+        width += (marks[i] < slots).to(gl.int32)
+    return width
 
 
 @gluon.jit
@@ -99,26 +107,37 @@ def _rows_of(x_ptr, x_stride, slot, slots, top_k, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def _gather(rows, theirs, xs, step, K, WHOLE: gl.constexpr):
-    """Starts copying 64 columns of some rows of x; zeros for padding, which reads nothing, and past the end of K."""
-    if not WHOLE:
-        k = gl.expand_dims(step * 64 + gl.arange(0, 64, gl.SliceLayout(0, _x_layout())), 0)
-        theirs = theirs & (k < K)
-    copy_to_shared(xs, rows + step * 64, mask=theirs)
+def _box_of(xs, at, i: gl.constexpr):
+    """Box i of the rows of x in place `at` of the ring."""
+    ROWS: gl.constexpr = xs[0].shape[1]
+    return xs[i * BOX_ROWS // ROWS].index(at).slice(i * BOX_ROWS % ROWS, BOX_ROWS, 0)
 
 
 @gluon.jit
-def _ask_x(x_desc, xs, full, row, boxes, step, BLOCK_M: gl.constexpr):
-    """Starts copying 64 columns of some boxes of x, from `row` on."""
-    for i in gl.static_range(BLOCK_M // BOX_ROWS):
-        if i < boxes:
-            to_shared(x_desc, [row + i * BOX_ROWS, step * 64], full, xs.slice(i * BOX_ROWS, BOX_ROWS, 0))
+def _gather(rows, theirs, xs, column, K, WHOLE: gl.constexpr):
+    """Starts copying 64 columns of some rows of x; zeros for padding, which reads nothing, and past the end of K."""
+    if not WHOLE:
+        k = gl.expand_dims(column + gl.arange(0, 64, gl.SliceLayout(0, _x_layout())), 0)
+        theirs = theirs & (k < K)
+    copy_to_shared(xs, rows + column, mask=theirs)
+
+
+@gluon.jit
+def _ask_x(x_desc, narrow_desc, xs, at, full, row, width, step, BLOCK_M: gl.constexpr, TILES: gl.constexpr):
+    """Starts copying a step's columns of as many rows of x, from `row` on, as products have columns, to stage `at`."""
+    for j in gl.static_range(TILES):
+        column = (step * TILES + j) * 64
+        if width == 1:
+            to_shared(narrow_desc, [row, column], full.index(at), _box_of(xs, at * TILES + j, 0).slice(0, NARROW, 0))
+        for i in gl.static_range(BLOCK_M // BOX_ROWS):
+            if i < width - 1:
+                to_shared(x_desc, [row + i * BOX_ROWS, column], full.index(at), _box_of(xs, at * TILES + j, i))
 
 
 @gluon.jit
 def _ask_weight(
-    w, ring, zeros, expert, n, step, at, boxes, sizes,
-    GROUP: gl.constexpr, GATED: gl.constexpr, BLOCK_M: gl.constexpr, GATHERS: gl.constexpr,
+    w, ring, zeros, expert, n, step, at, width, sizes,
+    GROUP: gl.constexpr, GATED: gl.constexpr, BLOCK_M: gl.constexpr, TILES: gl.constexpr, GATHERS: gl.constexpr,
 ):  # fmt: skip
     """Starts copying the tiles of W of one step into stage `at`, and says how many bytes will come by TMA."""
     codes_desc, scales_desc, zeros_desc = w
@@ -129,15 +148,15 @@ def _ask_weight(
     if GATHERS:
         mbarrier.expect(full.index(at), BYTES)
     else:
-        for i in gl.static_range(1, BLOCK_M // BOX_ROWS + 1):
-            mbarrier.expect(full.index(at), BYTES + i * BOX_ROWS * 128, pred=boxes == i)
+        for i in gl.static_range(1, BLOCK_M // BOX_ROWS + 2):
+            mbarrier.expect(full.index(at), BYTES + columns_of(i) * TILES * 128, pred=width == i)
     if GATED:  # rows of the gate tiles and, in the second half, of the up tiles
         half, row = expert * 2, n * PAIRS
     else:
         half, row = 0, expert * tiles_n + n * (2 * PAIRS)
     box = reinterpreted(codes.index(at), gl.int32, codes_desc.block_shape, codes_desc.layout)
-    to_shared(codes_desc, [half, row, step * 16, 0], full.index(at), box)
-    group = expert * groups + step * 64 // GROUP
+    to_shared(codes_desc, [half, row, step * TILES * 16, 0], full.index(at), box)
+    group = expert * groups + step * TILES * 64 // GROUP
     first = n * (PAIRS * 64) if GATED else n * (2 * PAIRS * 64)
     at_scales = reinterpreted(scales.index(at), scales.dtype, scales_desc.block_shape, scales_desc.layout)
     to_shared(scales_desc, [group, 0, first], full.index(at), at_scales)
@@ -150,7 +169,7 @@ def _ask_weight(
 def produce(
     x, w, ring, zeros, told, routing, sizes,
     GROUP: gl.constexpr, GATED: gl.constexpr, WHOLE: gl.constexpr, BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr,
+    TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fills the ring, unit after unit, and tells the consumers which these are.
 
@@ -158,11 +177,11 @@ def produce(
     its first two. What a unit needs of the route is asked for a unit ahead, and its block two ahead.
     """
     xs, _, _, full, empty = ring
-    x_ptr, x_stride, x_desc = x
+    x_ptr, x_stride, x_desc, narrow_desc = x
     sorted_ptr, expert_ptr, order_ptr, used_ptr, taken_ptr, slots, top_k = routing
     K, tiles_n, _ = sizes
     GATHERS: gl.constexpr = x_ptr is not None
-    steps = gl.cdiv(K, 64)
+    steps = gl.cdiv(K, 64 * TILES)
     units_n = gl.cdiv(tiles_n, 2 * PAIRS)
     if GATHERS:
         wait_for_the_kernel_before()
@@ -178,21 +197,21 @@ def produce(
     else:
         # Neither the weight nor the route is of the kernel before: the first tiles are asked for while that still runs.
         early = gl.minimum(STAGES, steps) * (unit < units).to(gl.int32)
-        boxes = _boxes_of(marks, slots, BLOCK_M)
+        width = _width_of(marks, slots, BLOCK_M)
         for step in range(early):
             _ask_weight(
-                w, ring, zeros, expert, unit % units_n, step, step, boxes, sizes,
-                GROUP, GATED, BLOCK_M, GATHERS,
+                w, ring, zeros, expert, unit % units_n, step, step, width, sizes,
+                GROUP, GATED, BLOCK_M, TILES, GATHERS,
             )  # fmt: skip
         wait_for_the_kernel_before()
         let_the_next_kernel_start()
         for step in range(early):
-            _ask_x(x_desc, xs.index(step), full.index(step), block * BLOCK_M, boxes, step, BLOCK_M)
-    done = early
+            _ask_x(x_desc, narrow_desc, xs, step, full, block * BLOCK_M, width, step, BLOCK_M, TILES)
+    at, phase = after(0, 0, early, STAGES)
     while unit < units:
         n = unit % units_n
-        boxes = _boxes_of(marks, slots, BLOCK_M)
-        tell(told, turn, (block * units_n + n) * 8 + boxes)
+        width = _width_of(marks, slots, BLOCK_M)
+        tell(told, turn, (block * units_n + n) * 8 + width)
         latest = gl.atomic_add(taken_ptr, 1, sem="relaxed") + 2 * gl.num_programs(0)
         later_block = _block_of(order_ptr, latest, units, units_n)
         next_expert = gl.load(expert_ptr + next_block)
@@ -200,20 +219,21 @@ def produce(
         if GATHERS:
             next_slots = _slots_of(sorted_ptr, next_block, BLOCK_M)
         for step in range(early * (turn == 0).to(gl.int32), steps):
-            at = done % STAGES
-            mbarrier.wait(empty.index(at), (done // STAGES & 1) ^ 1)
+            mbarrier.wait(empty.index(at), phase ^ 1)
             _ask_weight(
-                w, ring, zeros, expert, n, step, at, boxes, sizes,
-                GROUP, GATED, BLOCK_M, GATHERS,
+                w, ring, zeros, expert, n, step, at, width, sizes,
+                GROUP, GATED, BLOCK_M, TILES, GATHERS,
             )  # fmt: skip
             if GATHERS:
                 for i in gl.static_range(BLOCK_M // BOX_ROWS):
-                    if i < boxes:
-                        _gather(rows[i], theirs[i], xs.index(at).slice(i * BOX_ROWS, BOX_ROWS, 0), step, K, WHOLE)
+                    if i == 0 or i < width - 1:
+                        for j in gl.static_range(TILES):
+                            column = (step * TILES + j) * 64
+                            _gather(rows[i], theirs[i], _box_of(xs, at * TILES + j, i), column, K, WHOLE)
                 async_copy.mbarrier_arrive(full.index(at), increment_count=False)
             else:
-                _ask_x(x_desc, xs.index(at), full.index(at), block * BLOCK_M, boxes, step, BLOCK_M)
-            done += 1
+                _ask_x(x_desc, narrow_desc, xs, at, full, block * BLOCK_M, width, step, BLOCK_M, TILES)
+            at, phase = after(at, phase, 1, STAGES)
         expert = next_expert
         marks = next_marks
         if GATHERS:

@@ -27,6 +27,7 @@ MOST_COUNTS = 4096  # read at a time
 BOX = 32  # rows of a block that a wide kernel computes at a time
 GEMMS = 2
 MOST_OF_A_KIND = tl.constexpr((1 << 15) - 1)  # blocks with as many boxes of rows
+EVERY = tl.constexpr(2)  # blocks of more than one box that come before each block of one
 OWNED = 16  # blocks whose expert a program looks up at a time
 
 
@@ -189,6 +190,13 @@ def _route(
             for i in tl.static_range(1, KINDS):
                 of_kind = (all_kinds >> (BITS * i)).to(tl.int32) & MOST_OF_A_KIND
                 turn += tl.where(kind < i, of_kind, 0)
+            if KINDS > 1:  # blocks of one box, bound by memory, among those of more, bound by the matrix units
+                narrow = all_kinds.to(tl.int32) & MOST_OF_A_KIND
+                wide = tl.sum(padded, 0) // BLOCK - narrow
+                among, after = wide // EVERY, turn - wide
+                wides = turn + tl.minimum(turn // EVERY, narrow)
+                narrows = after + tl.where(after < among, (after + 1) * EVERY, wide)
+                turn = tl.where(kind == 0, narrows, wides)
             tl.store(order_ptr + turn, block, mask=(block < blocks) & (owner < EXPERTS))
         empty = tl.where(owner < EXPERTS, tl.gather(filled, tl.minimum(owner, BINS - 1), 0), 0)
         lane = tl.arange(0, ROOM)[None, :]

@@ -26,13 +26,13 @@ from ..device import current_device, known_device
 from ..layouts import PackedWeight
 from ..layouts.sm90 import TILE, TILE_WORDS
 from ..moe.route import Route
-from ..tuning.sm90_moe_tiles import Sm90MoeTile
+from ..tuning.sm90_moe_tiles import Sm90MoeTile, tiles_a_step
 from . import sm90_moe_decode, sm90_moe_few
 from ._launch import Launch, runs
 from ._permuted_rows import permuted_rows
 from ._sm90 import aligned, groups_a_tile
-from ._sm90_moe_consumer import scales_sums
-from ._sm90_moe_producer import BOX_ROWS, PAIRS, THREADS, produce
+from ._sm90_moe_consumer import part_columns, parts, scales_sums
+from ._sm90_moe_producer import BOX_ROWS, NARROW, PAIRS, THREADS, produce
 from ._sm90_moe_units import consume
 from ._token_sums import placed_sums
 from .route import Turns, route_launches
@@ -48,10 +48,11 @@ ALIGNMENT = 16  # elements: copies take 16 bytes, and Triton knows of multiples 
 
 @gluon.jit(do_not_specialize=["which", "slots", "top_k", "tiles_n", "groups"])
 def _sm90_moe(
-    out_desc,  # [positions, WIDTH] in boxes of [32, 64]
+    out_desc,  # [positions, WIDTH] in boxes of [16, 64]
     x_ptr,  # [slots / top_k, K], gathered; None: x_desc
     x_stride,
     x_desc,  # [positions, K] in boxes of [32, 64]; None: x_ptr
+    narrow_desc,  # the same in boxes of [16, 64]
     codes_desc,  # int32 [2 E, N/128, K/64 * 16, 32] where GATED, else [1, E * N/64, ...], in boxes of TILES tiles
     scales_desc,  # [E * K/G, 2, N/2] where GATED, else [..., 1, N], in boxes of the groups and rows of TILES tiles
     zeros_desc,  # uint8 like scales, or None: every zero point is 8
@@ -70,9 +71,10 @@ def _sm90_moe(
     GROUP: gl.constexpr,
     GATED: gl.constexpr,
     ACTIVATION: gl.constexpr,
-    WHOLE: gl.constexpr,  # K is a multiple of 64
+    WHOLE: gl.constexpr,  # K is a multiple of 64 * TILES
     BLOCK_M: gl.constexpr,
     WARPGROUPS: gl.constexpr,  # of consumers: 2 of two tiles each, 4 of one
+    TILES: gl.constexpr,  # along K, of a stage
     STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -80,30 +82,31 @@ def _sm90_moe(
     DTYPE: gl.constexpr = scales_desc.dtype
     GROUPS: gl.constexpr = groups_a_tile(GROUP)
     GATHERS: gl.constexpr = x_ptr is not None
-    ROOM: gl.constexpr = 128 if BLOCK_M == 96 else BLOCK_M  # Triton's shapes are powers of two
     x_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    xs = gl.allocate_shared_memory(DTYPE, [STAGES, ROOM, 64], x_layout)
-    TILES: gl.constexpr = 2 * PAIRS
+    xs = ()
+    for p in gl.static_range(parts(BLOCK_M)):  # Triton's shapes are powers of two
+        xs = xs + (gl.allocate_shared_memory(DTYPE, [STAGES * TILES, part_columns(BLOCK_M, p), 64], x_layout),)
+    TILES_N: gl.constexpr = 2 * PAIRS
     codes_layout: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
-    codes = gl.allocate_shared_memory(gl.int32, [STAGES, TILES * 16, 32], codes_layout)
+    codes = gl.allocate_shared_memory(gl.int32, [STAGES, TILES_N * TILES * 16, 32], codes_layout)
     scales_layout: gl.constexpr = gl.NVMMASharedLayout(0, 16, 2)
-    scales = gl.allocate_shared_memory(DTYPE, [STAGES, GROUPS, TILES * 64], scales_layout)
+    scales = gl.allocate_shared_memory(DTYPE, [STAGES, GROUPS, TILES_N * 64], scales_layout)
     if zeros_desc is None:
         zeros: gl.constexpr = None
     else:
         zeros_layout: gl.constexpr = gl.NVMMASharedLayout(0, 8, 2)
-        zeros = gl.allocate_shared_memory(gl.uint8, [STAGES, GROUPS, TILES * 64], zeros_layout)
+        zeros = gl.allocate_shared_memory(gl.uint8, [STAGES, GROUPS, TILES_N * 64], zeros_layout)
     FP32: gl.constexpr = out_desc.dtype == gl.float32
-    ROOMS: gl.constexpr = PAIRS if GATED or (FP32 and WARPGROUPS == PAIRS) else TILES  # of 64 columns
-    outs = gl.allocate_shared_memory(
-        out_desc.dtype, [ROOMS, 64 if FP32 and BLOCK_M == 96 else ROOM, 64], out_desc.layout
-    )
+    ROOMS: gl.constexpr = PAIRS if GATED or (FP32 and WARPGROUPS == PAIRS) else TILES_N  # of 64 columns
+    outs = gl.allocate_shared_memory(out_desc.dtype, [ROOMS, part_columns(BLOCK_M, 0), 64], out_desc.layout)
     if WARPGROUPS == PAIRS or not GATED:
         handing: gl.constexpr = None
     else:
         # Without bank conflicts for sums, of which a warp has 8 rows and 4 pairs of columns at a time.
         up_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
-        ups = gl.allocate_shared_memory(gl.float32, [PAIRS, ROOM, 64], up_layout)
+        ups = ()
+        for p in gl.static_range(parts(BLOCK_M)):
+            ups = ups + (gl.allocate_shared_memory(gl.float32, [PAIRS, part_columns(BLOCK_M, p), 64], up_layout),)
         given = gl.allocate_shared_memory(gl.int64, [PAIRS, 1], mbarrier.MBarrierLayout())
         taken = gl.allocate_shared_memory(gl.int64, [PAIRS, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(PAIRS):
@@ -126,7 +129,7 @@ def _sm90_moe(
     P: gl.constexpr = PRODUCER_REGISTERS
     ring = (xs, codes, scales, full, empty)
     told = (words, said, heard)
-    x = (x_ptr, x_stride, x_desc)
+    x = (x_ptr, x_stride, x_desc, narrow_desc)
     w = (codes_desc, scales_desc, zeros_desc)
     routing = (sorted_ptr, expert_ptr, order_ptr, used_ptr, taken_ptr + which, slots, top_k)
     sizes = (K, tiles_n, groups)
@@ -134,24 +137,24 @@ def _sm90_moe(
     if WARPGROUPS == PAIRS:
         gl.warp_specialize([
             (consume, (0, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
-             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, STAGES, GATHERS)),
+             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES, GATHERS)),
             (consume, (1, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
-             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, STAGES, GATHERS)),
+             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES, GATHERS)),
             (produce, (x, w, ring, zeros, told, routing, sizes,
-             GROUP, GATED, WHOLE, BLOCK_M, STAGES)),
+             GROUP, GATED, WHOLE, BLOCK_M, TILES, STAGES)),
         ], [4, 4], [C, P])
     else:
         gl.warp_specialize([
             (consume, (0, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
-             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, STAGES, GATHERS)),
+             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES, GATHERS)),
             (consume, (1, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
-             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, STAGES, GATHERS)),
+             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES, GATHERS)),
             (consume, (2, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
-             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, STAGES, GATHERS)),
+             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES, GATHERS)),
             (consume, (3, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
-             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, STAGES, GATHERS)),
+             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES, GATHERS)),
             (produce, (x, w, ring, zeros, told, routing, sizes,
-             GROUP, GATED, WHOLE, BLOCK_M, STAGES)),
+             GROUP, GATED, WHOLE, BLOCK_M, TILES, STAGES)),
         ], [4, 4, 4, 4], [C, C, C, P])
     # fmt: on
 
@@ -178,15 +181,16 @@ def gemm(
     """
     tiles_n, tiles_k, groups = weight.codes.shape[-2], weight.codes.shape[-1] // TILE_WORDS, weight.scales.shape[-2]
     group = tiles_k * TILE if weight.group == weight.k else weight.group
-    box = [BOX_ROWS.value, TILE]
     halves = 2 if gated else 1
     tiles = weight.codes.view(weight.experts * 2 if gated else 1, -1, tiles_k * 16, TILE_WORDS // 16)
-    tiles_box = [halves, 2 * PAIRS.value // halves, 16, TILE_WORDS // 16]
+    deep = tiles_a_step(group)
+    tiles_box = [halves, 2 * PAIRS.value // halves, 16 * deep, TILE_WORDS // 16]
     args = {
-        "out_desc": TensorDescriptor.from_tensor(out, box, gl.NVMMASharedLayout(128, 8 * out.itemsize, 2)),
+        "out_desc": _box_desc(out, NARROW.value),
         "x_ptr": None if top_k is None else x,
         "x_stride": x.stride(0),
-        "x_desc": None if top_k else TensorDescriptor.from_tensor(x, box, gl.NVMMASharedLayout(128, 16, 2)),
+        "x_desc": None if top_k else _box_desc(x, BOX_ROWS.value),
+        "narrow_desc": None if top_k else _box_desc(x, NARROW.value),
         "codes_desc": TensorDescriptor.from_tensor(tiles, tiles_box, gl.NVMMASharedLayout(128, 32, 4)),
         "scales_desc": _row_desc(weight.scales, group, halves),
         "zeros_desc": None if weight.zeros is None else _row_desc(weight.zeros, group, halves),
@@ -208,10 +212,11 @@ def gemm(
         "GROUP": group,
         "GATED": gated,
         "ACTIVATION": activation,
-        "WHOLE": weight.k % TILE == 0,
+        "WHOLE": weight.k % (deep * TILE) == 0,
         "BLOCK_M": tile.block_m,
         "WARPGROUPS": tile.warpgroups,
-        "STAGES": tile.stages,
+        "TILES": deep,
+        "STAGES": tile.stages // deep,
         "CONSUMER_REGISTERS": consumer,
         "PRODUCER_REGISTERS": producer,
     }
@@ -231,6 +236,11 @@ def registers(tile: Sm90MoeTile, gathers: bool, has_zeros: bool) -> tuple[int, i
     if tile.block_m == max(REGISTERS) and has_zeros and not gathers:
         return *UNGATHERED, 0
     return *REGISTERS[tile.block_m], 0
+
+
+def _box_desc(rows: Tensor, count: int) -> TensorDescriptor:
+    """Rows of x or out in boxes of so many and of 64 columns."""
+    return TensorDescriptor.from_tensor(rows, [count, TILE], gl.NVMMASharedLayout(128, 8 * rows.itemsize, 2))
 
 
 def _row_desc(grid: Tensor, group: int, halves: int) -> TensorDescriptor:

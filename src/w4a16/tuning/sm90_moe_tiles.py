@@ -20,7 +20,8 @@ class Sm90MoeTile:
 
     block_m       slots a block of one expert has at most. 1: slots are not sorted. 1, 8 and 16 take mma.sync; 32, 64,
                   96 and 128 take wgmma, a block with fewer rows a narrower product
-    stages        tiles of x and of codes, 64 columns each, in the ring (wgmma)
+    stages        tiles of x and of codes, 64 columns each, in the ring (wgmma); two fill and empty as one where they
+                  share their groups, those of 128 columns and more
     residents     programs an SM holds at a time (wgmma)
     warpgroups    of consumers (wgmma): 2 of two tiles of W each, or 4 of one, which hold up to 96 rows
     gemm1, gemm2  the tiles of mma.sync
@@ -63,14 +64,14 @@ def sm90_moe_limit(tile: Sm90MoeTile, problem: Problem, device: Device) -> str |
         return next(filter(None, (sm90_limit(each, block, device) for each in tile.gemms)), None)
     if tile.block_m not in WIDE:
         return f"block_m must be one of {', '.join(map(str, NARROW + WIDE))}, not {tile.block_m}"
-    if tile.stages < 2:
-        return f"stages must be at least 2, not {tile.stages}"
+    if tile.stages < 4:
+        return f"stages must be at least 4, not {tile.stages}"
     if tile.residents != 1 and (tile.residents, tile.block_m) != (2, 32):
         return f"residents must be 1, or 2 for blocks of 32, not {tile.residents} for blocks of {tile.block_m}"
     blocks = {2: (32, 64, 128), 4: (32, 64, 96)}.get(tile.warpgroups, ())
     if tile.block_m not in blocks or (tile.warpgroups, tile.residents) == (4, 2):
         return f"warpgroups must be 2, or 4 for blocks of up to 96, not {tile.warpgroups} for blocks of {tile.block_m}"
-    shared = sm90_moe_shared_bytes(tile) * tile.residents
+    shared = sm90_moe_shared_bytes(tile, problem) * tile.residents
     return None if shared <= device.shared_bytes else f"{shared} bytes of shared memory, not {device.shared_bytes}"
 
 
@@ -83,13 +84,27 @@ def _few_limit(tile: Sm90MoeTile, problem: Problem) -> str | None:
     return None
 
 
-def sm90_moe_shared_bytes(tile: Sm90MoeTile) -> int:
-    """The ring (x, codes, scales and zero points of groups of 32, barriers) and the output on its way out in fp32.
+def tiles_a_step(group: int) -> int:
+    """How many tiles along K fill a stage of the ring at once: two where both are of one group."""
+    return 2 if group % (2 * TILE) == 0 else 1
+
+
+def sm90_moe_shared_bytes(tile: Sm90MoeTile, problem: Problem) -> int:
+    """What the larger GEMM takes: the ring (x, codes, scales and zero points, barriers), and output on its way out.
 
     With four warpgroups, gated, that is two tiles in the activation's dtype and their two up tiles in fp32.
     """
-    room = 1 << (tile.block_m - 1).bit_length()
-    weight = TILE * TILE // 2 + 2 * TILE * 3
-    stage = 2 * TILE * room + 4 * weight + 16
-    out = 8 * TILE * room if tile.warpgroups == 2 else max(12 * TILE * room, 16 * TILE * min(room, TILE))
-    return tile.stages * stage + out + 1024
+    room = min(tile.block_m, TILE)
+    # A group of all of K may be of one tile more in the second GEMM.
+    second = 1 if problem.group == problem.k else tiles_a_step(problem.group)
+    if tile.warpgroups == 2:
+        return _ring_bytes(tile, problem, second) + 8 * TILE * tile.block_m + 768
+    gated = _ring_bytes(tile, problem, tiles_a_step(problem.group)) + 4 * TILE * room + 8 * TILE * tile.block_m
+    plain = _ring_bytes(tile, problem, second) + (16 if problem.group == 32 else 8) * TILE * room
+    return max(gated, plain) + 768
+
+
+def _ring_bytes(tile: Sm90MoeTile, problem: Problem, deep: int) -> int:
+    scales = 4 * TILE * (3 if problem.has_zeros else 2) * (2 if problem.group == 32 else 1)
+    step = deep * (2 * TILE * tile.block_m + 4 * TILE * TILE // 2) + scales + 16
+    return tile.stages // deep * step
