@@ -60,7 +60,7 @@ def operand_of(
     codes, scales, zeros, at, tile: gl.constexpr, GROUP: gl.constexpr, DTYPE: gl.constexpr, mma: gl.constexpr,
     TILES: gl.constexpr, j: gl.constexpr,
 ):  # fmt: skip
-    """Columns j of a tile of stage `at` as operand, and the scales of its rows for the sums."""
+    """Tile j along K of a tile of rows of stage `at` as operand, and the scales of its rows for the sums."""
     GROUPS: gl.constexpr = groups_a_tile(GROUP)
     a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     scale = of_rows(scales.index(at).slice(tile * 64, 64, 1), GROUPS)

@@ -173,7 +173,7 @@ def produce(
 ):  # fmt: skip
     """Fills the ring, unit after unit, and tells the consumers which these are.
 
-    Units differ in work: those with most rows come first, and each program takes the next one when it is free, but for
+    Units differ in work: they come in the route's order, and each program takes the next one when it is free, but for
     its first two. What a unit needs of the route is asked for a unit ahead, and its block two ahead.
     """
     xs, _, _, full, empty = ring

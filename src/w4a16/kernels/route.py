@@ -35,7 +35,7 @@ OWNED = 16  # blocks whose expert a program looks up at a time
 class Turns:
     """In what order the programs of GEMMs take the blocks of a route.
 
-    order  int32 [blocks]: blocks, those with most boxes of BOX rows first
+    order  int32 [blocks]: blocks, those with most boxes of BOX rows first, after EVERY of them one of a single box
     taken  int32 [GEMMS]: 0, for each to count what its programs have taken
     """
 

@@ -53,13 +53,13 @@ def _sm90_moe(
     x_stride,
     x_desc,  # [positions, K] in boxes of [32, 64]; None: x_ptr
     narrow_desc,  # the same in boxes of [16, 64]
-    codes_desc,  # int32 [2 E, N/128, K/64 * 16, 32] where GATED, else [1, E * N/64, ...], in boxes of TILES tiles
-    scales_desc,  # [E * K/G, 2, N/2] where GATED, else [..., 1, N], in boxes of the groups and rows of TILES tiles
+    codes_desc,  # int32 [2 E, N/128, K/64 * 16, 32] where GATED, else [1, E * N/64, ...], in boxes of a step
+    scales_desc,  # [E * K/G, 2, N/2] where GATED, else [..., 1, N], in boxes of the groups and rows of a step
     zeros_desc,  # uint8 like scales, or None: every zero point is 8
     shares_ptr,  # [slots], or None: what multiplies a row of x
     sorted_ptr,  # [positions] int32: slots by expert; padding is `slots`
     expert_ptr,  # [positions / BLOCK_M] int32
-    order_ptr,  # [positions / BLOCK_M] int32: blocks, those with most rows first
+    order_ptr,  # [positions / BLOCK_M] int32: blocks in their turn
     used_ptr,  # [1] int32: positions in use
     taken_ptr,  # int32, 0 at the start: units of work that programs have taken, at `which`
     which,
