@@ -95,7 +95,7 @@ def sm90_moe_shared_bytes(tile: Sm90MoeTile, problem: Problem) -> int:
     With four warpgroups, gated, that is two tiles in the activation's dtype and their two up tiles in fp32.
     """
     room = min(tile.block_m, TILE)
-    # A group of all of K may be of one tile more in the second GEMM.
+    # Where a group is all of K, the second GEMM's may be an odd number of tiles.
     second = 1 if problem.group == problem.k else tiles_a_step(problem.group)
     if tile.warpgroups == 2:
         return _ring_bytes(tile, problem, second) + 8 * TILE * tile.block_m + 768
