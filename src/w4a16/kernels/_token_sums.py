@@ -11,7 +11,7 @@ from ..compat import narrowed
 from ._launch import Launch
 
 SUM_BLOCK_N = 256
-PLACED_BLOCK_N = 1024  # 16 bytes a thread
+PLACED_BLOCK_N, PLACED_MOST = 1024, 8192  # columns of a program, and elements of y: 64 a thread
 
 
 @triton.jit
@@ -53,24 +53,29 @@ def _placed_sums(
     out_stride,
     y_stride,
     TOP_K: tl.constexpr,
+    ROOM: tl.constexpr,  # TOP_K, or the next power of two
     SORTED: tl.constexpr,  # else position_ptr holds experts, and a slot stands at its own number
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """The same on Hopper, of rows that stand where routing put them."""
-    gdc_wait()
-    gdc_launch_dependents()
+    """The same on Hopper, of rows that stand where routing put them, in a fixed order."""
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for i in tl.static_range(TOP_K):
-        slot = token * TOP_K + i
-        position = tl.load(position_ptr + slot).to(tl.int64)
-        served = (position >= 0) & (position < limit)
-        row = position if SORTED else slot
-        y = tl.load(y_ptr + row * y_stride + n, mask=served & (n < N), other=0.0).to(tl.float32)
-        if shares_ptr is not None:
-            y = tl.where(served, y * tl.load(shares_ptr + slot).to(tl.float32), 0.0)
-        total += y
+    i = tl.arange(0, ROOM)
+    slot = token * TOP_K + i
+    position = tl.load(position_ptr + slot, mask=i < TOP_K, other=-1).to(tl.int64)
+    served = ((position >= 0) & (position < limit))[:, None]
+    row = position if SORTED else slot
+    if shares_ptr is not None:
+        share = tl.load(shares_ptr + slot, mask=i < TOP_K, other=0.0).to(tl.float32)[:, None]
+    if PDL:
+        gdc_wait()  # for y: the route and the router's weights are of kernels before that
+        gdc_launch_dependents()
+    at = y_ptr + row[:, None] * y_stride + n[None, :]
+    y = tl.load(at, mask=served & (n < N)[None, :], other=0.0, eviction_policy="evict_first").to(tl.float32)
+    if shares_ptr is not None:
+        y = tl.where(served, y * share, 0.0)
+    total = tl.sum(y, 0)
     tl.store(out_ptr + token * out_stride + n, total.to(out_ptr.dtype.element_ty), mask=n < N)
 
 
@@ -94,15 +99,21 @@ def token_sums(out: Tensor, y: Tensor, ids: Tensor, shares: Tensor | None, exper
     )
 
 
-def placed_sums(out: Tensor, y: Tensor, position: Tensor, experts: int = 0, shares: Tensor | None = None) -> Launch:
+def placed_sums(
+    out: Tensor, y: Tensor, position: Tensor, experts: int = 0, shares: Tensor | None = None, pdl: bool = True
+) -> Launch:
     """out [T, N]: the sums over the rows of y that stand at the positions [T * top_k] of each token's slots (Hopper).
 
     experts  0, or how many: `position` holds ids of experts then, and row i of y is slot i's
     shares   [T * top_k]: multiply the rows, in fp32; None: nothing does
+    pdl      waits on the device for the kernel before, and lets the next one start
     """
+    top_k = position.numel() // out.shape[0]
+    room = triton.next_power_of_2(top_k)
+    columns = min(PLACED_BLOCK_N, PLACED_MOST // room)
     return Launch(
         fn=_placed_sums,
-        grid=(out.shape[0], triton.cdiv(y.shape[1], PLACED_BLOCK_N)),
+        grid=(out.shape[0], triton.cdiv(y.shape[1], columns)),
         args={
             "out_ptr": out,
             "y_ptr": y,
@@ -113,6 +124,6 @@ def placed_sums(out: Tensor, y: Tensor, position: Tensor, experts: int = 0, shar
             "out_stride": out.stride(0),
             "y_stride": y.stride(0),
         },
-        constants={"TOP_K": position.numel() // out.shape[0], "SORTED": experts == 0, "BLOCK_N": PLACED_BLOCK_N},
-        options={"num_warps": 4, "launch_pdl": True},
+        constants={"TOP_K": top_k, "ROOM": room, "SORTED": experts == 0, "BLOCK_N": columns, "PDL": pdl},
+        options={"num_warps": 4} | ({"launch_pdl": True} if pdl else {}),
     )
