@@ -28,7 +28,8 @@ def test_rows_where_routing_put_them(top_k: int, act: torch.dtype, shared: bool)
     share = torch.rand(tokens, top_k) if shared else None
     room = torch.full((tokens + 2, n), torch.nan, dtype=torch.bfloat16)
     placed_sums(room[1:-1], y, rows.int(), shares=share, pdl=False).run()
-    torch.testing.assert_close(room[1:-1], expected(y, rows, share).bfloat16(), rtol=2**-7, atol=1e-6)
+    # Rounded to nearest once: half of bf16's last bit, and what the order of fp32 sums makes of it.
+    torch.testing.assert_close(room[1:-1].float(), expected(y, rows, share), rtol=1.01 * 2**-8, atol=1e-6)
     assert room[[0, -1]].isnan().all()
 
 

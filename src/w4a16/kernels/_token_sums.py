@@ -76,7 +76,7 @@ def _placed_sums(
     if shares_ptr is not None:
         y = tl.where(served, y * share, 0.0)
     total = tl.sum(y, 0)
-    tl.store(out_ptr + token * out_stride + n, total.to(out_ptr.dtype.element_ty), mask=n < N)
+    tl.store(out_ptr + token * out_stride + n, narrowed(total, out_ptr.dtype.element_ty), mask=n < N)
 
 
 def token_sums(out: Tensor, y: Tensor, ids: Tensor, shares: Tensor | None, experts: int) -> Launch:
