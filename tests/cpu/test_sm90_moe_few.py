@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from test_sm90_moe_decode import BF16, EXPERTS, FP16, HIDDEN, INTER, meta, packe
 from w4a16 import Problem
 from w4a16.codegen.compile import compile_launch
 from w4a16.codegen.stems import launches as planned
+from w4a16.compat import told_registers
 from w4a16.device import known_device
 from w4a16.dispatch import choose
 from w4a16.kernels._launch import Launch
@@ -71,7 +73,7 @@ def test_codes_are_asked_for_before_any_wait(asym: bool) -> None:
         assert (before.count("LDG.E.EF.128"), after.count("LDG.E.EF.128")) == (tiles, 0)
 
 
-def asked(m: int = 1, n: int = 2 * INTER, k: int = HIDDEN, **fields: int) -> Problem:
+def asked(m: int = 1, n: int = 2 * INTER, k: int = HIDDEN, **fields: Any) -> Problem:
     return Problem(m=m, n=n, k=k, group=128, **{"experts": EXPERTS, "top_k": 8, **fields})
 
 
@@ -81,6 +83,22 @@ def test_a_few_tokens_of_a_layer_that_fits_take_it() -> None:
         assert choose(other, H100).tile.parts == 0
     names = [launch.fn.__name__ for launch in planned("sm90_moe", asked(5), H100)]
     assert names == ["_sm90_moe_few"] * 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "registers"),
+    [
+        ({"act": "fp16"}, 112),
+        ({"has_zeros": True}, 136),
+        ({"has_zeros": True, "n": 1024}, 0),
+        ({}, 0),
+        ({"m": 5, "act": "fp16"}, 0),
+        ({"act": "fp16", "top_k": 10, "experts": 512}, 0),
+    ],
+)
+def test_gemm2_of_one_token_is_told_its_registers(fields: dict[str, Any], registers: int) -> None:
+    told = [launch.options.get("maxnreg") for launch in planned("sm90_moe", asked(**fields), H100)]
+    assert told[:2] == [None, told_registers(registers).get("maxnreg")]
 
 
 def test_limits_say_what_they_want() -> None:

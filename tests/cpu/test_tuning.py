@@ -52,6 +52,7 @@ def test_every_row_in_use_wins_somewhere(table: str) -> None:
     device = known_device({"gfx11": "gfx1151", "gfx12": "gfx1201", "gfx9": "gfx942", "sm8": "sm80"}.get(table, table))
     shapes = (
         *SHAPES,
+        (1536, 2048),
         (32768, 2048),
         (16384, 4096),
         (2048, 4096),

@@ -280,7 +280,7 @@ def plan(
             "weight_input": weight_input,
         }
         if tile.parts and gated:
-            return sm90_moe_few.few(**layer, parts=tile.parts)
+            return sm90_moe_few.few(**layer, parts=tile.parts, registers=tile.registers)
         return sm90_moe_decode.few(**layer, tile=tile.gemms[0], tile2=tile.gemms[1])
     block = max(tile.block_m, LEAST_SORTED)
     turns = None if tile.gemms else Turns.of(topk_ids, w13.experts, block)

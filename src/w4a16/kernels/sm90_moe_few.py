@@ -19,7 +19,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from ..compat import copy_to_shared, workgroup_barrier
+from ..compat import copy_to_shared, told_registers, workgroup_barrier
 from ..layouts import PackedWeight
 from ._launch import Launch
 from ._sm90 import (
@@ -268,10 +268,13 @@ def few(
     gated: bool,
     weight_input: bool,
     parts: int,
+    registers: int = 0,
 ) -> tuple[Launch, ...]:
     """The launches of an expert layer for a few tokens.
 
-    parts  of K in gemm1: warps of a program, 4 or 8
+    parts      of K in gemm1: warps of a program, 4 or 8
+    registers  of a thread of gemm2 that sums a token's slots: where its programs find room beside gemm1's;
+               0: as ptxas likes
     """
     top_k = topk_ids.shape[1]
     ids, shares = topk_ids.contiguous(), topk_weights.contiguous()
@@ -286,10 +289,14 @@ def few(
         y = out.new_empty((ids.numel(), w2.n))
         two, warps, sums = ExpertGemm(out=y, **layer), 4, (placed_sums(out, y, ids, w2.experts),)
     gemm1 = _launch(one, ids.numel(), parts)
-    return gemm1, _launch(two, two.out.shape[0], warps, early=True, summed=not sums), *sums
+    summed = not sums
+    gemm2 = _launch(two, two.out.shape[0], warps, early=True, summed=summed, registers=registers if summed else 0)
+    return gemm1, gemm2, *sums
 
 
-def _launch(it: ExpertGemm, rows: int, warps: int, *, early: bool = False, summed: bool = False) -> Launch:
+def _launch(
+    it: ExpertGemm, rows: int, warps: int, *, early: bool = False, summed: bool = False, registers: int = 0
+) -> Launch:
     """rows: of out. early: x is of the launch before, which does not write experts. summed: over the slots of a token,
     into out [tokens, N]."""
     mine = it.tiles if summed else triton.cdiv(it.tiles, warps)
@@ -302,4 +309,5 @@ def _launch(it: ExpertGemm, rows: int, warps: int, *, early: bool = False, summe
         "TILES": mine,
         "EVEN": summed or mine * warps == it.tiles,
     }
-    return it.launch(_sm90_moe_few, grid, args={}, constants=constants, options={"num_warps": warps})
+    options = {"num_warps": warps} | told_registers(registers)
+    return it.launch(_sm90_moe_few, grid, args={}, constants=constants, options=options)

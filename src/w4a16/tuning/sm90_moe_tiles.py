@@ -27,6 +27,7 @@ class Sm90MoeTile:
     gemm1, gemm2  the tiles of mma.sync
     parts         for blocks of 1 in gated layers without act-order: warps that share K of gemm1, in programs that
                   ask for all of their codes at their start (sm90_moe_few); 0: gemm1 and gemm2 serve these too
+    registers     with parts: of a thread of gemm2, which decide where its programs find room; 0: as many as it needs
     """
 
     block_m: int
@@ -36,6 +37,7 @@ class Sm90MoeTile:
     gemm1: Sm90DecodeTile | None = None
     gemm2: Sm90DecodeTile | None = None
     parts: int = 0
+    registers: int = 0
 
     def __post_init__(self) -> None:
         for name in ("gemm1", "gemm2"):
