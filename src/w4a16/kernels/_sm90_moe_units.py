@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from ._sm90_moe_consumer import scales_sums, unit_of_pairs
-from ._sm90_moe_producer import BOX_ROWS, PAIRS, columns_of, hear
+from ._sm90_moe_producer import BOX_ROWS, PAIRS, THREE_BOXES, columns_of, hear
 from ._sm90_moe_tile import unit_of_tile
 
 
@@ -31,11 +31,11 @@ def consume(
         word = hear(told, turn)  # the last is 0, of no width
         unit, width = word // 8, word % 8
         if TIGHT:
-            width += (width == 4).to(gl.int32)
+            width += (width == THREE_BOXES).to(gl.int32)
         row, column = unit // units_n * BLOCK_M, unit % units_n * WIDTH
         own_column = column + W * 64
         for i in gl.static_range(1, BLOCK_M // BOX_ROWS + 2):
-            if not (TIGHT and i == 4) and width == i:
+            if not (TIGHT and i == THREE_BOXES) and width == i:
                 if WARPGROUPS == PAIRS:
                     unit_of_pairs(
                         W, out_desc, shares_ptr, ring, zeros, outs, routing, done, steps, row, own_column,
