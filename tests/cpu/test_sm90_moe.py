@@ -151,7 +151,7 @@ def test_blocks_grow_with_the_load_of_an_expert() -> None:
     ("tile", "sentence"),
     [
         (replace(WIDEST, block_m=48), "block_m must be one of 1, 8, 16, 32, 64, 96, 128, not 48"),
-        (replace(WIDEST, stages=1), "stages must be at least 4, not 1"),
+        (replace(WIDEST, stages=5), "stages must be at least 6, not 5"),
         (replace(WIDEST, stages=8), "bytes of shared memory"),
         (Sm90MoeTile(block_m=32, stages=12, residents=2), "bytes of shared memory"),
         (replace(WIDEST, residents=2), "residents must be 1, or 2 for blocks of 32, not 2 for blocks of 128"),
@@ -165,6 +165,12 @@ def test_blocks_grow_with_the_load_of_an_expert() -> None:
 def test_limits_say_what_they_want(tile: Sm90MoeTile, sentence: str) -> None:
     assert sentence in (why_illegal("sm90_moe", tile, problem(), H100) or "")
     assert "this is sm80" in (why_illegal("sm90_moe", tile, problem(), known_device("sm80")) or "")
+
+
+def test_stages_of_small_groups_hold_one_tile_each() -> None:
+    small, asked = replace(WIDEST, stages=3), problem(group=64)
+    assert why_illegal("sm90_moe", small, asked, H100) == "stages must be at least 4, not 3"
+    assert why_illegal("sm90_moe", replace(small, stages=4), asked, H100) is None
 
 
 def test_what_its_tiles_cannot_hold_stays_with_triton_moe() -> None:

@@ -11,22 +11,30 @@ from triton.experimental.gluon import language as gl
 
 # 128 + n in bf16 and 1024 + n in fp16 have n's four bits as their last ones. $4 is the word; $5 and $6 are the zero
 # points of a thread's two rows in both lanes. Results: columns 2c and 2c + 1 of both rows, then those eight on.
-_CENTRED = """{{ .reg .b32 q1, q2, q3, t0, t1, t2, t3;
+_CENTRED_BF16 = gl.constexpr("""{ .reg .b32 q1, q2, q3, t0, t1, t2, t3;
     shr.u32 q1, $4, 4; shr.u32 q2, $4, 8; shr.u32 q3, $4, 12;
-    lop3.b32 t0, $4, 0x000f000f, {magic}, 0xEA;
-    lop3.b32 t1, q1, 0x000f000f, {magic}, 0xEA;
-    lop3.b32 t2, q2, 0x000f000f, {magic}, 0xEA;
-    lop3.b32 t3, q3, 0x000f000f, {magic}, 0xEA;
-    sub.rn.{lanes} $0, t0, $5; sub.rn.{lanes} $1, t1, $6; sub.rn.{lanes} $2, t2, $5; sub.rn.{lanes} $3, t3, $6; }}"""
+    lop3.b32 t0, $4, 0x000f000f, 0x43004300, 0xEA;
+    lop3.b32 t1, q1, 0x000f000f, 0x43004300, 0xEA;
+    lop3.b32 t2, q2, 0x000f000f, 0x43004300, 0xEA;
+    lop3.b32 t3, q3, 0x000f000f, 0x43004300, 0xEA;
+    sub.rn.bf16x2 $0, t0, $5; sub.rn.bf16x2 $1, t1, $6; sub.rn.bf16x2 $2, t2, $5; sub.rn.bf16x2 $3, t3, $6; }""")
+# fp16 has room for the second row's codes where they are: 1024 + 16 n. A sixteenth of that, less 64 and the zero point
+# ($6 is minus both), is as exact, and two shifts fewer (FasterTransformer, interleaved_numeric_conversion.h).
+_CENTRED_FP16 = gl.constexpr("""{ .reg .b32 q, t0, t1, t2, t3, sixteenth;
+    shr.u32 q, $4, 8; mov.b32 sixteenth, 0x2C002C00;
+    lop3.b32 t0, $4, 0x000f000f, 0x64006400, 0xEA;
+    lop3.b32 t1, $4, 0x00f000f0, 0x64006400, 0xEA;
+    lop3.b32 t2, q, 0x000f000f, 0x64006400, 0xEA;
+    lop3.b32 t3, q, 0x00f000f0, 0x64006400, 0xEA;
+    sub.rn.f16x2 $0, t0, $5; fma.rn.f16x2 $1, t1, sixteenth, $6;
+    sub.rn.f16x2 $2, t2, $5; fma.rn.f16x2 $3, t3, sixteenth, $6; }""")
+_MINUS_64 = gl.constexpr(0xD400D400 - (1 << 32))  # in both lanes; its last bits count sixteenths
 # $8 to $11: those results; $12 and $13: the scales of the two rows in both lanes.
 _SCALED = """{{ .reg .b32 t0, t1, t2, t3;
     mul.rn.{lanes} t0, $8, $12; mul.rn.{lanes} t1, $9, $13; mul.rn.{lanes} t2, $10, $12; mul.rn.{lanes} t3, $11, $13;
     mov.b32 {{$0, $1}}, t0; mov.b32 {{$2, $3}}, t1; mov.b32 {{$4, $5}}, t2; mov.b32 {{$6, $7}}, t3; }}"""
 _HALVES = gl.constexpr("mov.b32 {$0, $1}, $8; mov.b32 {$2, $3}, $9; mov.b32 {$4, $5}, $10; mov.b32 {$6, $7}, $11;")
-_BF16 = {"magic": "0x43004300", "lanes": "bf16x2"}
-_FP16 = {"magic": "0x64006400", "lanes": "f16x2"}
-_CENTRED_BF16, _CENTRED_FP16 = (gl.constexpr(_CENTRED.format(**act)) for act in (_BF16, _FP16))
-_SCALED_BF16, _SCALED_FP16 = (gl.constexpr(_SCALED.format(**act)) for act in (_BF16, _FP16))
+_SCALED_BF16, _SCALED_FP16 = (gl.constexpr(_SCALED.format(lanes=lanes)) for lanes in ("bf16x2", "f16x2"))
 
 
 @gluon.constexpr_function
@@ -128,6 +136,8 @@ def centred(words, zeros, DTYPE: gl.constexpr, WARPS: gl.constexpr):
     """
     codes = gl.convert_layout(words.reshape([WARPS, 8, 4, 4]), codes_layout(WARPS), assert_trivial=True)
     z0, z1 = _spread(zeros, WARPS)
+    if gl.float16 == DTYPE:
+        z1 = ((z1 & 0x003F003F) << 4) | _MINUS_64
     text: gl.constexpr = _CENTRED_BF16 if gl.bfloat16 == DTYPE else _CENTRED_FP16
     return gl.inline_asm_elementwise(
         text, "=r,=r,=r,=r,r,r,r", [codes, z0, z1], dtype=(gl.int32,) * 4, is_pure=True, pack=1

@@ -28,7 +28,7 @@ from ._sm90 import (
 from ._sm90_moe_producer import NARROW, PAIRS
 from ._sm90_prefill_producer import after
 
-LEAST_SCALE = gl.constexpr(1e-30)  # stands for 0 and for less, which sums cannot be divided by
+LEAST_SCALE = gl.constexpr(1e-30)  # is added to scales, which may be 0 and divide sums; no scale is its negative
 
 
 @gluon.constexpr_function
@@ -74,7 +74,7 @@ def operand_of(
         a = operand(pairs, None, DTYPE, 4, a_layout)
         row = scale.reshape([4, 8, 2]).permute([0, 2, 1]).reshape([64])
         row = gl.convert_layout(row, gl.SliceLayout(1, mma), assert_trivial=True).to(gl.float32)
-        row = gl.where(gl.abs(row) < LEAST_SCALE, LEAST_SCALE, row)
+        row += LEAST_SCALE
     else:
         a = operand(pairs, scale_lanes(scale), DTYPE, 4, a_layout)
         row = gl.zeros([64], gl.float32, gl.SliceLayout(1, mma))
@@ -123,18 +123,9 @@ def ratio(x, y):
 
 
 @gluon.jit
-def await_stage(full, slot, phase, GATHERS: gl.constexpr):
-    """Waits until a stage is filled."""
-    mbarrier.wait(full.index(slot), phase)
-    if GATHERS:
-        fence_async_shared()
-
-
-@gluon.jit
 def _step(
     a, b, row0, row1, acc0, acc1, ring, zeros, before, slot, phase, PART: gl.constexpr, EVEN: gl.constexpr,
     W: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
-    GATHERS: gl.constexpr,
 ):  # fmt: skip
     """The sums with 64 columns of K more, the first operand of the next 64, and the stage where those are.
 
@@ -163,7 +154,7 @@ def _step(
     next_slot, next_phase = slot, phase
     if LAST:
         next_slot, next_phase = after(slot, phase, 1, STAGES)
-        await_stage(full, next_slot, next_phase, GATHERS)
+        mbarrier.wait(full.index(next_slot), next_phase)
     a, later0 = operand_of(codes, scales, zeros, next_slot, W, GROUP, DTYPE, mma, TILES, 0 if LAST else 1)
     if SUMS and (PART == 1 or EVEN):
         acc0 = scaled(acc0, ratio(row0, later0), COLUMNS)
@@ -230,7 +221,7 @@ def _write_parts(out_desc, outs, y, row, column, COLUMNS: gl.constexpr):
 def unit_of_pairs(
     W: gl.constexpr, out_desc, shares_ptr, ring, zeros, outs, routing, done, steps, row, column,
     GROUP: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, COLUMNS: gl.constexpr,
-    TILES: gl.constexpr, STAGES: gl.constexpr, GATHERS: gl.constexpr,
+    TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W's part of a unit, two tiles of rows of W, whose block has at most COLUMNS rows."""
     xs, codes, scales, full, empty = ring
@@ -245,23 +236,23 @@ def unit_of_pairs(
         acc0 = acc0 + (zero,)
         acc1 = acc1 + (zero,)
     slot, phase = done % STAGES, done // STAGES & 1
-    await_stage(full, slot, phase, GATHERS)
+    mbarrier.wait(full.index(slot), phase)
     a, row0 = operand_of(codes, scales, zeros, slot, W, GROUP, DTYPE, mma, TILES, 0)
     row1 = row0
     for _ in range((steps * TILES - 1) // 2):
         before = slot
         a, b, row0, row1, acc0, acc1, slot, phase = _step(
             a, a, row0, row1, acc0, acc1, ring, zeros, before, slot, phase, 0, EVEN,
-            W, COLUMNS, GROUP, TILES, STAGES, GATHERS,
+            W, COLUMNS, GROUP, TILES, STAGES,
         )  # fmt: skip
         a, b, row0, row1, acc0, acc1, slot, phase = _step(
             a, b, row0, row1, acc0, acc1, ring, zeros, before, slot, phase, 1, EVEN,
-            W, COLUMNS, GROUP, TILES, STAGES, GATHERS,
+            W, COLUMNS, GROUP, TILES, STAGES,
         )  # fmt: skip
     if steps * TILES % 2 == 0:
         a, b, row0, row1, acc0, acc1, slot, phase = _step(
             a, a, row0, row1, acc0, acc1, ring, zeros, slot, slot, phase, 2, EVEN,
-            W, COLUMNS, GROUP, TILES, STAGES, GATHERS,
+            W, COLUMNS, GROUP, TILES, STAGES,
         )  # fmt: skip
     at = slot * TILES + TILES - 1
     running0 = started(a, acc0, xs, at, COLUMNS)

@@ -7,13 +7,12 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ..compat import copy_to_shared, reinterpreted, to_shared, workgroup_barrier
 from ._sm90 import let_the_next_kernel_start, wait_for_the_kernel_before
 from ._sm90_prefill_producer import after
 
-THREADS = gl.constexpr(128)  # each arrives at a stage when its part of a gather has
 PAIRS = gl.constexpr(2)  # of tiles of 64 rows of W, of a program: where gated, of a gate tile and its up tile
 BOX_ROWS = gl.constexpr(32)  # of x: a block takes as many boxes as it has rows
 NARROW = gl.constexpr(16)  # rows of a smaller box, for a block with no more; those of out are all as small
@@ -124,6 +123,15 @@ def _gather(rows, theirs, xs, column, K, WHOLE: gl.constexpr):
 
 
 @gluon.jit
+def _gathered(full, at, LATER: gl.constexpr):
+    """Arrives at stage `at` when its rows of x are there, for wgmma to see; LATER stages' are still on their way."""
+    async_copy.wait_group(LATER)
+    fence_async_shared()
+    workgroup_barrier()
+    mbarrier.arrive(full.index(at), count=1)
+
+
+@gluon.jit
 def _ask_x(x_desc, narrow_desc, xs, at, full, row, width, step, BLOCK_M: gl.constexpr, TILES: gl.constexpr):
     """Starts copying a step's columns of as many rows of x, from `row` on, as products have columns, to stage `at`."""
     for j in gl.static_range(TILES):
@@ -209,6 +217,7 @@ def produce(
         for step in range(early):
             _ask_x(x_desc, narrow_desc, xs, step, full, block * BLOCK_M, width, step, BLOCK_M, TILES)
     at, phase = after(0, 0, early, STAGES)
+    before = -1  # the stage asked for last, where rows are gathered
     while unit < units:
         n = unit % units_n
         width = _width_of(marks, slots, BLOCK_M)
@@ -231,7 +240,10 @@ def produce(
                         for j in gl.static_range(TILES):
                             column = (step * TILES + j) * 64
                             _gather(rows[i], theirs[i], _box_of(xs, at * TILES + j, i), column, K, WHOLE)
-                async_copy.mbarrier_arrive(full.index(at), increment_count=False)
+                async_copy.commit_group()
+                if before >= 0:
+                    _gathered(full, before, 1)
+                before = at
             else:
                 _ask_x(x_desc, narrow_desc, xs, at, full, block * BLOCK_M, width, step, BLOCK_M, TILES)
             at, phase = after(at, phase, 1, STAGES)
@@ -244,4 +256,6 @@ def produce(
         block = next_block
         next_block = later_block
         turn += 1
+    if GATHERS and before >= 0:
+        _gathered(full, before, 0)
     tell(told, turn, 0)

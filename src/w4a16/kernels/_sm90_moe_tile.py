@@ -15,7 +15,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from ..compat import workgroup_barrier
 from ._sm90_moe_consumer import (
     activated,
-    await_stage,
     ended,
     mma_of,
     operand_of,
@@ -35,13 +34,13 @@ from ._sm90_prefill_producer import after
 @gluon.jit
 def _step(
     acc, row, ring, zeros, slot, phase, W: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr,
-    TILES: gl.constexpr, GATHERS: gl.constexpr,
+    TILES: gl.constexpr,
 ):  # fmt: skip
     """The sums with this step's part, in units of its group's scales."""
     xs, codes, scales, full, empty = ring
     DTYPE: gl.constexpr = xs[0].dtype
     mma: gl.constexpr = mma_of(COLUMNS, 0)
-    await_stage(full, slot, phase, GATHERS)
+    mbarrier.wait(full.index(slot), phase)
     a, later = operand_of(codes, scales, zeros, slot, W, GROUP, DTYPE, mma, TILES, 0)
     if scales_sums(GROUP):
         acc = scaled(acc, ratio(row, later), COLUMNS)
@@ -61,7 +60,7 @@ def _step(
 @gluon.jit
 def _product(
     ring, zeros, done, steps, W: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, TILES: gl.constexpr,
-    STAGES: gl.constexpr, GATHERS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W's tile of rows of W times the first COLUMNS rows of a block."""
     acc = ()
@@ -70,7 +69,7 @@ def _product(
     row = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, mma_of(COLUMNS, 0)))
     slot, phase = done % STAGES, done // STAGES & 1
     for _ in range(steps):
-        acc, row = _step(acc, row, ring, zeros, slot, phase, W, COLUMNS, GROUP, TILES, GATHERS)
+        acc, row = _step(acc, row, ring, zeros, slot, phase, W, COLUMNS, GROUP, TILES)
         slot, phase = after(slot, phase, 1, STAGES)
     if scales_sums(GROUP):
         acc = scaled(acc, row, COLUMNS)
@@ -91,14 +90,14 @@ def _finished(
 def unit_of_tile(
     W: gl.constexpr, out_desc, shares_ptr, ring, zeros, outs, handing, routing, done, turn, steps, row, column,
     GROUP: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, COLUMNS: gl.constexpr,
-    TILES: gl.constexpr, STAGES: gl.constexpr, GATHERS: gl.constexpr,
+    TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W's part of a unit whose block has at most COLUMNS rows.
 
     Where gated, those with up sums leave them for those with the gate's, once these have taken the unit before's.
     """
     sorted_ptr, _, _, _, _, slots, _ = routing
-    acc = _product(ring, zeros, done, steps, W, COLUMNS, GROUP, TILES, STAGES, GATHERS)
+    acc = _product(ring, zeros, done, steps, W, COLUMNS, GROUP, TILES, STAGES)
     GIVES: gl.constexpr = GATED and W >= PAIRS
     if GATED:
         rooms, given, taken = handing

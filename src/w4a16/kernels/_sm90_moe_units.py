@@ -17,7 +17,7 @@ from ._sm90_moe_tile import unit_of_tile
 def consume(
     W: gl.constexpr, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
     GROUP: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_M: gl.constexpr,
-    WARPGROUPS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, GATHERS: gl.constexpr,
+    WARPGROUPS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W's part of every unit."""
     K, tiles_n, _ = sizes
@@ -39,12 +39,12 @@ def consume(
                 if WARPGROUPS == PAIRS:
                     unit_of_pairs(
                         W, out_desc, shares_ptr, ring, zeros, outs, routing, done, steps, row, own_column,
-                        GROUP, GATED, ACTIVATION, columns_of(i), TILES, STAGES, GATHERS,
+                        GROUP, GATED, ACTIVATION, columns_of(i), TILES, STAGES,
                     )  # fmt: skip
                 else:
                     unit_of_tile(
                         W, out_desc, shares_ptr, ring, zeros, outs, handing, routing, done, turn, steps, row, column,
-                        GROUP, GATED, ACTIVATION, columns_of(i), TILES, STAGES, GATHERS,
+                        GROUP, GATED, ACTIVATION, columns_of(i), TILES, STAGES,
                     )  # fmt: skip
         done += steps
         turn += 1

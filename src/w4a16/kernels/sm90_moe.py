@@ -32,7 +32,7 @@ from ._launch import Launch, runs
 from ._permuted_rows import permuted_rows
 from ._sm90 import aligned, groups_a_tile
 from ._sm90_moe_consumer import part_columns, parts, scales_sums
-from ._sm90_moe_producer import BOX_ROWS, NARROW, PAIRS, THREADS, produce
+from ._sm90_moe_producer import BOX_ROWS, NARROW, PAIRS, produce
 from ._sm90_moe_units import consume
 from ._token_sums import placed_sums
 from .route import Turns, route_launches
@@ -122,7 +122,7 @@ def _sm90_moe(
         mbarrier.init(said.index(i), count=1)
         mbarrier.init(heard.index(i), count=WARPGROUPS)
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1 + THREADS if GATHERS else 1)
+        mbarrier.init(full.index(i), count=2 if GATHERS else 1)
         mbarrier.init(empty.index(i), count=WARPGROUPS)
     fence_async_shared()
     C: gl.constexpr = CONSUMER_REGISTERS
@@ -137,22 +137,22 @@ def _sm90_moe(
     if WARPGROUPS == PAIRS:
         gl.warp_specialize([
             (consume, (0, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
-             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES, GATHERS)),
+             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES)),
             (consume, (1, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
-             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES, GATHERS)),
+             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES)),
             (produce, (x, w, ring, zeros, told, routing, sizes,
              GROUP, GATED, WHOLE, BLOCK_M, TILES, STAGES)),
         ], [4, 4], [C, P])
     else:
         gl.warp_specialize([
             (consume, (0, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
-             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES, GATHERS)),
+             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES)),
             (consume, (1, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
-             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES, GATHERS)),
+             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES)),
             (consume, (2, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
-             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES, GATHERS)),
+             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES)),
             (consume, (3, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
-             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES, GATHERS)),
+             GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES)),
             (produce, (x, w, ring, zeros, told, routing, sizes,
              GROUP, GATED, WHOLE, BLOCK_M, TILES, STAGES)),
         ], [4, 4, 4, 4], [C, C, C, P])

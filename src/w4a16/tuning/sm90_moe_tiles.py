@@ -12,6 +12,7 @@ from .sm90_tiles import Sm90DecodeTile, cdiv, sm90_limit
 
 NARROW, WIDE = (1, 8, 16), (32, 64, 96, 128)  # slots a block: by mma.sync, by wgmma
 MOST_TILES_AT_ONCE = 16  # four registers each
+LEAST_RING = 3  # a consumer holds one stage, waits for the next, and that is told of once the one after is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +67,8 @@ def sm90_moe_limit(tile: Sm90MoeTile, problem: Problem, device: Device) -> str |
         return next(filter(None, (sm90_limit(each, block, device) for each in tile.gemms)), None)
     if tile.block_m not in WIDE:
         return f"block_m must be one of {', '.join(map(str, NARROW + WIDE))}, not {tile.block_m}"
-    if tile.stages < 4:
-        return f"stages must be at least 4, not {tile.stages}"
+    if tile.stages < (least := max(4, LEAST_RING * tiles_a_step(problem.group))):
+        return f"stages must be at least {least}, not {tile.stages}"
     if tile.residents != 1 and (tile.residents, tile.block_m) != (2, 32):
         return f"residents must be 1, or 2 for blocks of 32, not {tile.residents} for blocks of {tile.block_m}"
     blocks = {2: (32, 64, 128), 4: (32, 64, 96)}.get(tile.warpgroups, ())
