@@ -89,12 +89,12 @@ def test_a_few_tokens_of_a_layer_that_fits_take_it() -> None:
 @pytest.mark.parametrize(
     ("fields", "registers"),
     [
-        ({"act": "fp16"}, 112),
         ({"has_zeros": True}, 136),
+        ({"has_zeros": True, "act": "fp16"}, 136),
         ({"has_zeros": True, "n": 1024}, 0),
         ({}, 0),
-        ({"m": 5, "act": "fp16"}, 0),
-        ({"act": "fp16", "top_k": 10, "experts": 512}, 0),
+        ({"m": 5, "has_zeros": True}, 0),
+        ({"has_zeros": True, "top_k": 10, "experts": 512}, 0),
     ],
 )
 def test_gemm2_of_one_token_is_told_its_registers(
@@ -112,6 +112,8 @@ def test_limits_say_what_they_want() -> None:
     tile = choose(asked(), H100).tile
     assert "parts must be 4 or 8" in (why_illegal("sm90_moe", replace(tile, parts=2), asked(), H100) or "")
     assert "parts must be 4 or 8" in (why_illegal("sm90_moe", replace(tile, block_m=8), asked(), H100) or "")
+    alone = replace(tile, parts=0, registers=112)
+    assert "registers go with parts: registers=112, parts=0" in (why_illegal("sm90_moe", alone, asked(), H100) or "")
     assert "words of 32 tiles at its start" in (
         why_illegal("sm90_moe", replace(tile, parts=4), asked(k=4096), H100) or ""
     )

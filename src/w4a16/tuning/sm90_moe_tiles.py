@@ -58,6 +58,8 @@ def sm90_moe_limit(tile: Sm90MoeTile, problem: Problem, device: Device) -> str |
     """None when `tile` may run `problem` on `device`, else one sentence."""
     if device.arch != "sm90":
         return f"its instructions are those of sm90; this is {device.arch}"
+    if tile.registers and not tile.parts:
+        return f"registers go with parts: registers={tile.registers}, parts=0"
     if tile.block_m in NARROW:
         if tile.gemms is None:
             return f"blocks of {tile.block_m} slots need gemm1 and gemm2, the tiles of mma.sync"
