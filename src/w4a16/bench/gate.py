@@ -109,7 +109,8 @@ def _table(options: argparse.Namespace) -> int:
 
 
 def _session(reason: str) -> str:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    described = ["git", "describe", "--always", "--dirty", "--exclude=*"]  # says where the tree is not the commit's
+    commit = subprocess.run(described, capture_output=True, text=True).stdout.strip()
     return f"{session_facts()}; commit {commit or 'unknown'}; {datetime.date.today().isoformat()}; {reason}"
 
 
