@@ -167,6 +167,19 @@ def test_limits_say_what_they_want(tile: Sm90MoeTile, sentence: str) -> None:
     assert "this is sm80" in (why_illegal("sm90_moe", tile, problem(), known_device("sm80")) or "")
 
 
+@pytest.mark.parametrize("k", [1984, 2000, 2880])  # 31, 32 and 45 tiles
+def test_a_group_that_is_all_of_k_has_a_tile_at_every_load(k: int) -> None:
+    for tokens in (1, 16, 64, 128, 256, 700, 1000, 1024, 4096):
+        asked = problem(m=tokens, k=k, group=k)
+        assert why_illegal("sm90_moe", choose(asked, H100).tile, asked, H100) is None
+
+
+def test_a_ring_holds_three_stages_where_k_rounds_to_two_tiles_each() -> None:
+    small = replace(WIDEST, block_m=32, stages=5)
+    assert why_illegal("sm90_moe", small, problem(k=2000, group=2000), H100) == "stages must be at least 6, not 5"
+    assert why_illegal("sm90_moe", small, problem(k=1984, group=1984), H100) is None
+
+
 def test_stages_of_small_groups_hold_one_tile_each() -> None:
     small, asked = replace(WIDEST, stages=3), problem(group=64)
     assert why_illegal("sm90_moe", small, asked, H100) == "stages must be at least 4, not 3"

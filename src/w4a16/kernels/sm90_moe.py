@@ -27,6 +27,7 @@ from ..layouts import PackedWeight
 from ..layouts.sm90 import TILE, TILE_WORDS
 from ..moe.route import Route
 from ..tuning.sm90_moe_tiles import Sm90MoeTile, tiles_a_step
+from ..tuning.sm90_tiles import group_of_tiles
 from . import sm90_moe_decode, sm90_moe_few
 from ._launch import Launch, runs
 from ._permuted_rows import permuted_rows
@@ -122,7 +123,7 @@ def _sm90_moe(
         mbarrier.init(said.index(i), count=1)
         mbarrier.init(heard.index(i), count=WARPGROUPS)
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=2 if GATHERS else 1)
+        mbarrier.init(full.index(i), count=2 if GATHERS else 1)  # copies by TMA, and the gather
         mbarrier.init(empty.index(i), count=WARPGROUPS)
     fence_async_shared()
     C: gl.constexpr = CONSUMER_REGISTERS
@@ -180,7 +181,7 @@ def gemm(
     turns, which: in what order programs take the blocks, by gemm 1's or 2's count of those taken.
     """
     tiles_n, tiles_k, groups = weight.codes.shape[-2], weight.codes.shape[-1] // TILE_WORDS, weight.scales.shape[-2]
-    group = tiles_k * TILE if weight.group == weight.k else weight.group
+    group = group_of_tiles(weight.group, weight.k)
     halves = 2 if gated else 1
     tiles = weight.codes.view(weight.experts * 2 if gated else 1, -1, tiles_k * 16, TILE_WORDS // 16)
     deep = tiles_a_step(group)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from ..device import Device
 from ..layouts.sm90 import TILE
 from ..problem import Problem
-from .sm90_tiles import Sm90DecodeTile, cdiv, sm90_limit
+from .sm90_tiles import Sm90DecodeTile, cdiv, group_of_tiles, sm90_limit
 
 NARROW, WIDE = (1, 8, 16), (32, 64, 96, 128)  # slots a block: by mma.sync, by wgmma
 MOST_TILES_AT_ONCE = 16  # four registers each
-LEAST_RING = 3  # a consumer holds one stage, waits for the next, and that is told of once the one after is asked for
+LEAST_RING = 3  # one that a consumer holds, the next that it waits for, and one more, without which that is not told of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def sm90_moe_limit(tile: Sm90MoeTile, problem: Problem, device: Device) -> str |
         return next(filter(None, (sm90_limit(each, block, device) for each in tile.gemms)), None)
     if tile.block_m not in WIDE:
         return f"block_m must be one of {', '.join(map(str, NARROW + WIDE))}, not {tile.block_m}"
-    if tile.stages < (least := max(4, LEAST_RING * tiles_a_step(problem.group))):
+    if tile.stages < (least := max(4, LEAST_RING * _deep(problem))):
         return f"stages must be at least {least}, not {tile.stages}"
     if tile.residents != 1 and (tile.residents, tile.block_m) != (2, 32):
         return f"residents must be 1, or 2 for blocks of 32, not {tile.residents} for blocks of {tile.block_m}"
@@ -90,8 +90,16 @@ def _few_limit(tile: Sm90MoeTile, problem: Problem) -> str | None:
 
 
 def tiles_a_step(group: int) -> int:
-    """How many tiles along K fill a stage of the ring at once: two where both are of one group."""
+    """How many tiles along K fill a stage of the ring at once: two where both are of one group.
+
+    group: as `group_of_tiles` gives it
+    """
     return 2 if group % (2 * TILE) == 0 else 1
+
+
+def _deep(problem: Problem) -> int:
+    """`tiles_a_step` of the first GEMM."""
+    return tiles_a_step(group_of_tiles(problem.group, problem.k))
 
 
 def sm90_moe_shared_bytes(tile: Sm90MoeTile, problem: Problem) -> int:
@@ -101,10 +109,10 @@ def sm90_moe_shared_bytes(tile: Sm90MoeTile, problem: Problem) -> int:
     """
     room = min(tile.block_m, TILE)
     # Where a group is all of K, the second GEMM's may be an odd number of tiles.
-    second = 1 if problem.group == problem.k else tiles_a_step(problem.group)
+    second = 1 if problem.group == problem.k else _deep(problem)
     if tile.warpgroups == 2:
         return _ring_bytes(tile, problem, second) + 8 * TILE * tile.block_m + 768
-    gated = _ring_bytes(tile, problem, tiles_a_step(problem.group)) + 4 * TILE * room + 8 * TILE * tile.block_m
+    gated = _ring_bytes(tile, problem, _deep(problem)) + 4 * TILE * room + 8 * TILE * tile.block_m
     plain = _ring_bytes(tile, problem, second) + (16 if problem.group == 32 else 8) * TILE * room
     return max(gated, plain) + 768
 
