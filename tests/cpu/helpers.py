@@ -65,7 +65,9 @@ def benchmark(name: str) -> ModuleType:
 
 
 def fitting(tile: Sm90MoeTile, problem: Problem) -> Sm90MoeTile:
-    """The tile, with the stages that shared memory has room for where no row of tuning gives the problem that tile."""
+    """The tile, with the programs an SM and the stages that fit where no row of tuning gives the problem that tile."""
+    if "residents must be 1" in (why_illegal("sm90_moe", tile, problem, known_device("sm90")) or ""):
+        tile = replace(tile, residents=1)
     while "shared memory" in (why_illegal("sm90_moe", tile, problem, known_device("sm90")) or ""):
         tile = replace(tile, stages=tile.stages - 1)
     return tile

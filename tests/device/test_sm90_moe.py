@@ -14,6 +14,7 @@ from streams import on_4_streams
 from w4a16 import QuantizedWeight, moe, pack_experts, record
 from w4a16.bench.expert_cases import EXPERTS, random_experts, some_experts
 from w4a16.device import current_device
+from w4a16.dispatch import choose
 from w4a16.kernels.sm90_moe import sm90_moe
 from w4a16.layouts import SM90
 from w4a16.layouts import pack as pack_as
@@ -112,6 +113,16 @@ def test_tiles(tile: Sm90MoeTile, routing: str) -> None:
     check(tile, routed(routing, 900, 24, 2), experts=24, hidden=384, inter=640, asym=True)
     check(tile, routed(routing, 70, 60, 2), experts=60, hidden=320, inter=192, group=64)
     check(tile, routed(routing, 900, 24, 2), experts=24, hidden=512, inter=320, group=64)
+
+
+@pytest.mark.parametrize("asym", [False, True])
+@pytest.mark.parametrize("tokens", [64, 200, 1000])
+@pytest.mark.parametrize("k", [1984, 2000, 2880])  # 31, 32 and 45 tiles
+def test_a_group_that_is_all_of_k(k: int, tokens: int, asym: bool) -> None:
+    """By the tile that serves it."""
+    problem = Problem(m=tokens, n=2 * 320, k=k, group=k, act="bf16", has_zeros=asym, experts=8, top_k=2)
+    tile = choose(problem, current_device("cuda")).tile
+    check(tile, routed("uniform", tokens, 8, 2), hidden=k, inter=320, group=0, asym=asym)
 
 
 def expected(

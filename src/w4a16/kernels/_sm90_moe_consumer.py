@@ -6,15 +6,8 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from ..compat import from_shared
 from ._sm90 import (
     centred,
     groups_a_tile,
@@ -202,24 +195,39 @@ def shares_of(shares_ptr, sorted_ptr, slots, row, COLUMNS: gl.constexpr, part: g
     return gl.expand_dims(gl.load(shares_ptr + slot, mask=slot < slots, other=0.0).to(gl.float32), 0)
 
 
+@gluon.constexpr_function
+def _rows_layout(bits):
+    """Of rows of 64 columns on their way to memory: 16 bytes a thread."""
+    pieces = 64 * bits // 128  # a row
+    return gl.BlockedLayout([1, 128 // bits], [32 // pieces, pieces], [4, 1], [1, 0])
+
+
 @gluon.jit
-def write(out_desc, room, part, row, column):
-    """Starts copying out[row : row + columns of part, column : column + 64] = part^T, through room in shared memory."""
+def write(out, room, part, row, column):
+    """out[row : row + columns of part, column : column + 64] = part^T, through room in shared memory.
+
+    For the L2 cache to keep until the next kernel reads it: weights, each read once, would take its place.
+    """
+    out_ptr, stride = out
+    ROWS: gl.constexpr = NARROW if room.dtype == gl.float32 else part.shape[1]
     room.store(part.to(room.dtype).permute([1, 0]))
-    fence_async_shared()
-    for i in gl.static_range(part.shape[1] // NARROW):
-        from_shared(out_desc, [row + i * NARROW, column], room.slice(i * NARROW, NARROW, 0))
+    layout: gl.constexpr = _rows_layout(room.dtype.primitive_bitwidth)
+    r = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, layout)), 1)
+    c = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, layout)), 0)
+    at = out_ptr + (row.to(gl.int64) * stride + column) + (r * stride + c)
+    for i in gl.static_range(part.shape[1] // ROWS):
+        gl.store(at + i * ROWS * stride, room.slice(i * ROWS, ROWS, 0).load(layout), eviction_policy="evict_last")
 
 
 @gluon.jit
-def _write_parts(out_desc, outs, y, row, column, COLUMNS: gl.constexpr):
+def _write_parts(out, outs, y, row, column, COLUMNS: gl.constexpr):
     for p in gl.static_range(parts(COLUMNS)):
-        write(out_desc, outs.slice(p * 64, part_columns(COLUMNS, p), 0), y[p], row + p * 64, column)
+        write(out, outs.slice(p * 64, part_columns(COLUMNS, p), 0), y[p], row + p * 64, column)
 
 
 @gluon.jit
 def unit_of_pairs(
-    W: gl.constexpr, out_desc, shares_ptr, ring, zeros, outs, routing, done, steps, row, column,
+    W: gl.constexpr, out, shares_ptr, ring, zeros, outs, routing, done, steps, row, column,
     GROUP: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, COLUMNS: gl.constexpr,
     TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -280,10 +288,6 @@ def unit_of_pairs(
         else:
             first = first + (sum0,)
             second = second + (activated(sum1, ACTIVATION),)
-    ROOMS: gl.constexpr = outs.shape[0] // PAIRS
-    tma.store_wait(0)
-    _write_parts(out_desc, outs.index(W * ROOMS), first, row, column, COLUMNS)
+    _write_parts(out, outs.index(W), first, row, column, COLUMNS)
     if not GATED:
-        if ROOMS == 1:
-            tma.store_wait(0)
-        _write_parts(out_desc, outs.index(W * ROOMS + ROOMS - 1), second, row, column + 64 * PAIRS, COLUMNS)
+        _write_parts(out, outs.index(W), second, row, column + 64 * PAIRS, COLUMNS)

@@ -15,7 +15,7 @@ from ._sm90_prefill_producer import after
 
 PAIRS = gl.constexpr(2)  # of tiles of 64 rows of W, of a program: where gated, of a gate tile and its up tile
 BOX_ROWS = gl.constexpr(32)  # of x: a block takes as many boxes as it has rows
-NARROW = gl.constexpr(16)  # rows of a smaller box, for a block with no more; those of out are all as small
+NARROW = gl.constexpr(16)  # rows of a smaller box, for a block with no more
 THREE_BOXES = gl.constexpr(4)  # the number of 96 rows, for `columns_of`
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..compat import workgroup_barrier
 from ._sm90_moe_consumer import (
@@ -88,7 +88,7 @@ def _finished(
 
 @gluon.jit
 def unit_of_tile(
-    W: gl.constexpr, out_desc, shares_ptr, ring, zeros, outs, handing, routing, done, turn, steps, row, column,
+    W: gl.constexpr, out, shares_ptr, ring, zeros, outs, handing, routing, done, turn, steps, row, column,
     GROUP: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, COLUMNS: gl.constexpr,
     TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -118,5 +118,4 @@ def unit_of_tile(
                 workgroup_barrier()
                 mbarrier.arrive(given.index(PAIR) if GIVES else taken.index(PAIR), count=1)
         if not GIVES:
-            tma.store_wait(0)
-            write(out_desc, outs.index(W).slice(0, y.shape[1], 0), y, row + p * 64, column + W * 64)
+            write(out, outs.index(W).slice(0, y.shape[1], 0), y, row + p * 64, column + W * 64)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from ._sm90_moe_consumer import scales_sums, unit_of_pairs
 from ._sm90_moe_producer import BOX_ROWS, PAIRS, THREE_BOXES, columns_of, hear
@@ -15,7 +14,7 @@ from ._sm90_moe_tile import unit_of_tile
 
 @gluon.jit
 def consume(
-    W: gl.constexpr, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
+    W: gl.constexpr, out, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
     GROUP: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_M: gl.constexpr,
     WARPGROUPS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -38,14 +37,13 @@ def consume(
             if not (TIGHT and i == THREE_BOXES) and width == i:
                 if WARPGROUPS == PAIRS:
                     unit_of_pairs(
-                        W, out_desc, shares_ptr, ring, zeros, outs, routing, done, steps, row, own_column,
+                        W, out, shares_ptr, ring, zeros, outs, routing, done, steps, row, own_column,
                         GROUP, GATED, ACTIVATION, columns_of(i), TILES, STAGES,
                     )  # fmt: skip
                 else:
                     unit_of_tile(
-                        W, out_desc, shares_ptr, ring, zeros, outs, handing, routing, done, turn, steps, row, column,
+                        W, out, shares_ptr, ring, zeros, outs, handing, routing, done, turn, steps, row, column,
                         GROUP, GATED, ACTIVATION, columns_of(i), TILES, STAGES,
                     )  # fmt: skip
         done += steps
         turn += 1
-    tma.store_wait(0)

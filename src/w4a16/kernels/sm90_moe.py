@@ -41,7 +41,8 @@ from .route import Turns, route_launches
 LEAST_SORTED = 8  # slots a block of experts in act-order, whose rows are put in order by the route
 # Of a thread of consumers, and of the producer, which gathers so many rows: together all that an SM has.
 REGISTERS = {32: (224, 56), 64: (224, 56), 128: (216, 72)}
-FOUR = (104, 64)  # four warpgroups of consumers: with the producer what 640 threads start with, 96 each
+# Four warpgroups of consumers, and x gathered or by TMA: with the producer what 640 threads start with, 96 each.
+FOUR_GATHERED, FOUR = (104, 64), (112, 32)
 SHARED_GATHERED, SHARED, SHARED_START = (96, 48), (104, 32), 80  # two programs an SM
 UNGATHERED = (232, 40)  # 128 rows with zero points, x by TMA: ptxas of Triton 3.6 spills two words with fewer
 ALIGNMENT = 16  # elements: copies take 16 bytes, and Triton knows of multiples of 16
@@ -49,7 +50,8 @@ ALIGNMENT = 16  # elements: copies take 16 bytes, and Triton knows of multiples 
 
 @gluon.jit(do_not_specialize=["which", "slots", "top_k", "tiles_n", "groups"])
 def _sm90_moe(
-    out_desc,  # [positions, WIDTH] in boxes of [16, 64]
+    out_ptr,  # [positions, N, or N/2 where GATED], rows with room for whole units
+    out_stride,
     x_ptr,  # [slots / top_k, K], gathered; None: x_desc
     x_stride,
     x_desc,  # [positions, K] in boxes of [32, 64]; None: x_ptr
@@ -97,9 +99,10 @@ def _sm90_moe(
     else:
         zeros_layout: gl.constexpr = gl.NVMMASharedLayout(0, 8, 2)
         zeros = gl.allocate_shared_memory(gl.uint8, [STAGES, GROUPS, TILES_N * 64], zeros_layout)
-    FP32: gl.constexpr = out_desc.dtype == gl.float32
-    ROOMS: gl.constexpr = PAIRS if GATED or (FP32 and WARPGROUPS == PAIRS) else TILES_N  # of 64 columns
-    outs = gl.allocate_shared_memory(out_desc.dtype, [ROOMS, part_columns(BLOCK_M, 0), 64], out_desc.layout)
+    OUT: gl.constexpr = out_ptr.dtype.element_ty
+    out_layout: gl.constexpr = gl.NVMMASharedLayout(128, OUT.primitive_bitwidth, 2)
+    ROOMS: gl.constexpr = PAIRS if GATED else WARPGROUPS  # of 64 columns
+    outs = gl.allocate_shared_memory(OUT, [ROOMS, part_columns(BLOCK_M, 0), 64], out_layout)
     if WARPGROUPS == PAIRS or not GATED:
         handing: gl.constexpr = None
     else:
@@ -128,6 +131,7 @@ def _sm90_moe(
     fence_async_shared()
     C: gl.constexpr = CONSUMER_REGISTERS
     P: gl.constexpr = PRODUCER_REGISTERS
+    out = (out_ptr, out_stride)
     ring = (xs, codes, scales, full, empty)
     told = (words, said, heard)
     x = (x_ptr, x_stride, x_desc, narrow_desc)
@@ -137,22 +141,22 @@ def _sm90_moe(
     # fmt: off
     if WARPGROUPS == PAIRS:
         gl.warp_specialize([
-            (consume, (0, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
+            (consume, (0, out, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
              GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES)),
-            (consume, (1, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
+            (consume, (1, out, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
              GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES)),
             (produce, (x, w, ring, zeros, told, routing, sizes,
              GROUP, GATED, WHOLE, BLOCK_M, TILES, STAGES)),
         ], [4, 4], [C, P])
     else:
         gl.warp_specialize([
-            (consume, (0, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
+            (consume, (0, out, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
              GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES)),
-            (consume, (1, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
+            (consume, (1, out, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
              GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES)),
-            (consume, (2, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
+            (consume, (2, out, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
              GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES)),
-            (consume, (3, out_desc, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
+            (consume, (3, out, shares_ptr, ring, zeros, told, outs, handing, routing, sizes,
              GROUP, GATED, ACTIVATION, BLOCK_M, WARPGROUPS, TILES, STAGES)),
             (produce, (x, w, ring, zeros, told, routing, sizes,
              GROUP, GATED, WHOLE, BLOCK_M, TILES, STAGES)),
@@ -187,7 +191,8 @@ def gemm(
     deep = tiles_a_step(group)
     tiles_box = [halves, 2 * PAIRS.value // halves, 16 * deep, TILE_WORDS // 16]
     args = {
-        "out_desc": _box_desc(out, NARROW.value),
+        "out_ptr": out,
+        "out_stride": out.stride(0),
         "x_ptr": None if top_k is None else x,
         "x_stride": x.stride(0),
         "x_desc": None if top_k else _box_desc(x, BOX_ROWS.value),
@@ -231,12 +236,18 @@ def gemm(
 def registers(tile: Sm90MoeTile, gathers: bool, has_zeros: bool) -> tuple[int, int, int]:
     """Of a thread of consumers, of the producer, and, where programs share an SM, of any at the start, else 0."""
     if tile.warpgroups == 4:
-        return *FOUR, 0
+        return *(FOUR_GATHERED if gathers else FOUR), 0
     if tile.residents > 1:
         return *(SHARED_GATHERED if gathers else SHARED), SHARED_START
     if tile.block_m == max(REGISTERS) and has_zeros and not gathers:
         return *UNGATHERED, 0
     return *REGISTERS[tile.block_m], 0
+
+
+def _rows(count: int, columns: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """[count, columns] not set, on the device of `like`, with room behind each row: kernels write a unit's whole width."""
+    width = 2 * PAIRS.value * TILE
+    return like.new_empty((count, triton.cdiv(columns, width) * width), dtype=dtype)[:, :columns]
 
 
 def _box_desc(rows: Tensor, count: int) -> TensorDescriptor:
@@ -287,10 +298,10 @@ def plan(
     turns = None if tile.gemms else Turns.of(topk_ids, w13.experts, block)
     routing, launches = route_launches(topk_ids, w13.experts, block, pdl=True, turns=turns)
     positions = routing.sorted_token_ids.numel()
-    hidden = out.new_empty((positions, w2.k))
+    hidden = _rows(positions, w2.k, out.dtype, out)
     # In groups of 32 every weight is scaled, and rounded; rounding y as well would pass bf16's bound on the error.
     rounded = scales_sums(w13.group) and scales_sums(w2.group)
-    y = out.new_empty((positions, w2.n), dtype=out.dtype if rounded else torch.float32)
+    y = _rows(positions, w2.n, out.dtype if rounded else torch.float32, out)
     x, before1 = _ordered(x, w13, routing, top_k)
     gemm1 = _gemm_of(tile, turns, 1)(
         out=hidden,

@@ -119,7 +119,9 @@ def _store(out_ptr, sums, n, m, here, width, stride, ACTIVATION: gl.constexpr):
     if len(sums) == 2:
         value *= sums[1]
     at_out = out_ptr + gl.expand_dims(m.to(gl.int64) * stride, 0) + gl.expand_dims(n, 1)
-    gl.store(at_out, value.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(here, 0) & gl.expand_dims(n < width, 1))
+    valid = gl.expand_dims(here, 0) & gl.expand_dims(n < width, 1)
+    # For the next kernel, past all the weights that are read until then.
+    gl.store(at_out, value.to(out_ptr.dtype.element_ty), mask=valid, eviction_policy="evict_last")
 
 
 @gluon.jit(do_not_specialize=["experts", "slots"])

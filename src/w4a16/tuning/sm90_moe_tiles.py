@@ -73,6 +73,8 @@ def sm90_moe_limit(tile: Sm90MoeTile, problem: Problem, device: Device) -> str |
         return f"stages must be at least {least}, not {tile.stages}"
     if tile.residents != 1 and (tile.residents, tile.block_m) != (2, 32):
         return f"residents must be 1, or 2 for blocks of 32, not {tile.residents} for blocks of {tile.block_m}"
+    if tile.residents == 2 and problem.group < 2 * TILE:  # more scales would spill
+        return f"residents must be 1 in groups of less than {2 * TILE}, not 2 in groups of {problem.group}"
     blocks = {2: (32, 64, 128), 4: (32, 64, 96)}.get(tile.warpgroups, ())
     if tile.block_m not in blocks or (tile.warpgroups, tile.residents) == (4, 2):
         return f"warpgroups must be 2, or 4 for blocks of up to 96, not {tile.warpgroups} for blocks of {tile.block_m}"
@@ -111,7 +113,7 @@ def sm90_moe_shared_bytes(tile: Sm90MoeTile, problem: Problem) -> int:
     # Where a group is all of K, the second GEMM's may be an odd number of tiles.
     second = 1 if problem.group == problem.k else _deep(problem)
     if tile.warpgroups == 2:
-        return _ring_bytes(tile, problem, second) + 8 * TILE * tile.block_m + 768
+        return _ring_bytes(tile, problem, second) + (8 if problem.group == 32 else 4) * TILE * tile.block_m + 768
     gated = _ring_bytes(tile, problem, _deep(problem)) + 4 * TILE * room + 8 * TILE * tile.block_m
     plain = _ring_bytes(tile, problem, second) + (16 if problem.group == 32 else 8) * TILE * room
     return max(gated, plain) + 768
