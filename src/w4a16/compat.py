@@ -132,10 +132,14 @@ def build_launcher(kernel: Any) -> None:
     driver.active.launcher_cls(kernel.src, kernel.metadata)
 
 
+_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+# Whether a loop stores a tensor 16 rows at a time: ptxas of Triton 3.9 spills over the addresses of more.
+STORES_A_FEW_ROWS = tl.constexpr(_VERSION >= (3, 8))
+
+
 def told_registers(count: int) -> dict[str, int]:
     """The option by which ptxas orders loads for so many registers; that of Triton 3.7 and later spills then."""
-    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-    return {"maxnreg": count} if count and old else {}
+    return {"maxnreg": count} if count and _VERSION < (3, 7) else {}
 
 
 def settle_key(fn: Any) -> None:

@@ -116,7 +116,7 @@ def test_tiles(tile: Sm90MoeTile, routing: str) -> None:
 
 
 @pytest.mark.parametrize("asym", [False, True])
-@pytest.mark.parametrize("tokens", [64, 200, 1000])
+@pytest.mark.parametrize("tokens", [64, 200])
 @pytest.mark.parametrize("k", [1984, 2000, 2880])  # 31, 32 and 45 tiles
 def test_a_group_that_is_all_of_k(k: int, tokens: int, asym: bool) -> None:
     """By the tile that serves it."""

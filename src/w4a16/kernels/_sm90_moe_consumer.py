@@ -8,6 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from ..compat import STORES_A_FEW_ROWS
 from ._sm90 import (
     centred,
     groups_a_tile,
@@ -209,7 +210,7 @@ def write(out, room, part, row, column):
     For the L2 cache to keep until the next kernel reads it: weights, each read once, would take its place.
     """
     out_ptr, stride = out
-    ROWS: gl.constexpr = NARROW if room.dtype == gl.float32 else part.shape[1]
+    ROWS: gl.constexpr = NARROW if STORES_A_FEW_ROWS or room.dtype == gl.float32 else part.shape[1]
     room.store(part.to(room.dtype).permute([1, 0]))
     layout: gl.constexpr = _rows_layout(room.dtype.primitive_bitwidth)
     r = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, layout)), 1)

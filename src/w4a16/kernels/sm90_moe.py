@@ -41,7 +41,7 @@ from .route import Turns, route_launches
 LEAST_SORTED = 8  # slots a block of experts in act-order, whose rows are put in order by the route
 # Of a thread of consumers, and of the producer, which gathers so many rows: together all that an SM has.
 REGISTERS = {32: (224, 56), 64: (224, 56), 128: (216, 72)}
-# Four warpgroups of consumers, and x gathered or by TMA: with the producer what 640 threads start with, 96 each.
+# Four warpgroups of consumers, x gathered or by TMA: with the producer what 640 threads start with, 96 each.
 FOUR_GATHERED, FOUR = (104, 64), (112, 32)
 SHARED_GATHERED, SHARED, SHARED_START = (96, 48), (104, 32), 80  # two programs an SM
 UNGATHERED = (232, 40)  # 128 rows with zero points, x by TMA: ptxas of Triton 3.6 spills two words with fewer
@@ -245,7 +245,7 @@ def registers(tile: Sm90MoeTile, gathers: bool, has_zeros: bool) -> tuple[int, i
 
 
 def _rows(count: int, columns: int, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """[count, columns] not set, on the device of `like`, with room behind each row: kernels write a unit's whole width."""
+    """[count, columns] not set, where `like` is, with room behind each row: kernels write a unit's whole width."""
     width = 2 * PAIRS.value * TILE
     return like.new_empty((count, triton.cdiv(columns, width) * width), dtype=dtype)[:, :columns]
 
