@@ -19,9 +19,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from w4a16 import PackedWeight, moe, pack_experts
+from w4a16 import moe, pack_experts
 from w4a16.bench.expert_cases import EXPERTS, random_experts, routed
-from w4a16.device import this_machine
+from w4a16.device import Graph, synchronize, this_machine
 
 LAYER = EXPERTS["qwen3-30b-a3b"]
 CASES = (("balanced", 1024), ("zipf2", 1024), ("uniform", 4096))
@@ -39,10 +39,12 @@ def sampled(stop: threading.Event, samples: list[tuple[float, float]]) -> None:
 
 def measure(name: str, call: Callable[[], Tensor], seconds: float) -> None:
     call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def calls_at_once() -> None:
         for _ in range(AT_ONCE):
             call()
+
+    graph = Graph(calls_at_once, ran=True)
     stop, samples, calls = threading.Event(), list[tuple[float, float]](), 0
     sampler = threading.Thread(target=sampled, args=(stop, samples))
     sampler.start()
@@ -50,7 +52,7 @@ def measure(name: str, call: Callable[[], Tensor], seconds: float) -> None:
     while time.perf_counter() < start + seconds:
         for _ in range(10):
             graph.replay()
-        torch.cuda.synchronize()
+        synchronize()
         calls += 10 * AT_ONCE
     taken = time.perf_counter() - start
     stop.set()
@@ -58,10 +60,6 @@ def measure(name: str, call: Callable[[], Tensor], seconds: float) -> None:
     late = samples[len(samples) // 2 : -1] or samples  # the clock has settled, and work still runs
     clock, power = (statistics.fmean(values) for values in zip(*late, strict=True))
     print(f"{name:<28}{taken / calls * 1e6:9.1f} us{clock:7.0f} MHz{power:6.0f} W", flush=True)
-
-
-def layer(x: Tensor, packed: tuple[PackedWeight, PackedWeight], share: Tensor, ids: Tensor) -> Tensor:
-    return moe(x, *packed, share, ids)
 
 
 def main() -> None:
@@ -79,7 +77,7 @@ def main() -> None:
         share = torch.rand(ids.shape, device="cuda")
         x = torch.randn(tokens, LAYER.hidden, device="cuda").bfloat16()
         for kind, rows in (("random", x), ("zeros", torch.zeros_like(x))):
-            call = functools.partial(layer, rows, packed, share, ids)
+            call = functools.partial(moe, rows, *packed, share, ids)
             measure(f"{routing} {tokens}, {kind}", call, given.seconds)
     a, b = (torch.randn(DENSE, DENSE, device="cuda").bfloat16() for _ in range(2))
     measure(f"dense {DENSE}, random", functools.partial(torch.mm, a, b), given.seconds)

@@ -22,13 +22,11 @@ from w4a16.moe.route import most_blocks
 from w4a16.nn import W4A16Experts
 from w4a16.tuning.sm90_moe_tiles import WIDE, Sm90MoeTile, sm90_moe_shared_bytes
 from w4a16.tuning.sm90_tiles import Sm90DecodeTile
-from w4a16.tuning.table import rows_of
 from w4a16.tuning.tiles import why_illegal
 
 H100 = known_device("sm90")
 WIDEST = Sm90MoeTile(block_m=128, stages=6)
 DECODE = Sm90DecodeTile(split_k=1)
-TILES = list(dict.fromkeys(row.tile for row in rows_of("sm90") if row.stem == "sm90_moe"))
 
 
 def problem(m: int = 1024, n: int = 1536, k: int = 2048, group: int = 128, **fields: Any) -> Problem:

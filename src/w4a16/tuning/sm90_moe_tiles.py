@@ -110,12 +110,13 @@ def sm90_moe_shared_bytes(tile: Sm90MoeTile, problem: Problem) -> int:
     With four warpgroups, gated, that is two tiles in the activation's dtype and their two up tiles in fp32.
     """
     room = min(tile.block_m, TILE)
+    size = 4 if problem.group == 32 else 2  # bytes of a number of the second GEMM's output; of the first's, 2
     # Where a group is all of K, the second GEMM's may be an odd number of tiles.
     second = 1 if problem.group == problem.k else _deep(problem)
     if tile.warpgroups == 2:
-        return _ring_bytes(tile, problem, second) + (8 if problem.group == 32 else 4) * TILE * tile.block_m + 768
+        return _ring_bytes(tile, problem, second) + 2 * size * TILE * tile.block_m + 768
     gated = _ring_bytes(tile, problem, _deep(problem)) + 4 * TILE * room + 8 * TILE * tile.block_m
-    plain = _ring_bytes(tile, problem, second) + (16 if problem.group == 32 else 8) * TILE * room
+    plain = _ring_bytes(tile, problem, second) + 4 * size * TILE * room
     return max(gated, plain) + 768
 
 
